@@ -1,0 +1,49 @@
+"""What a checkpoint format is: pure functions between codes and the tensors of a file.
+
+A format permutes bits and never rounds: it has no way to, because it sees codes and never the float weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from bitlathe.numerics.project import QuantTensor
+from bitlathe.numerics.scheme import Scheme
+from bitlathe.plan import Plan
+
+
+@dataclass(frozen=True)
+class QuantLayer:
+    """A finished linear. weight: its codes and scales, [outputs, inputs]."""
+
+    weight: QuantTensor
+
+
+class Format(Protocol):
+    """One checkpoint format; instances hold nothing."""
+
+    name: str
+
+    def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
+        """Raise FormatError if `plan` cannot be held; shapes: linear -> (outputs, inputs); fused: linear -> fused group."""
+        ...
+
+    def encode(self, layer: QuantLayer, dtype: str) -> dict[str, Tensor]:
+        """The tensors of a linear, keyed by what follows "<linear>." in the file. dtype: the plan's."""
+        ...
+
+    def decode(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantLayer:
+        """The inverse of `encode`, bit for bit."""
+        ...
+
+    def config(self, plan: Plan) -> dict[str, Any] | None:
+        """What config.json holds under "quantization_config"; None for a format that is an ordinary checkpoint."""
+        ...
+
+    def parse(self, config: Mapping[str, Any], linears: list[str]) -> Plan:
+        """The inverse of `config`; linears: every linear of the model, in its order."""
+        ...

@@ -1,0 +1,156 @@
+"""What a number is stored as: grids, schemes, and the table of schemes users name.
+
+A `Grid` is a finite set of numbers and the width of its codes. A `Scheme` says how a matrix [rows, columns] is stored: a grid
+for its values, and for each block of them one scale, which is itself a matrix stored by a scheme. The size of a file is a
+fold over this structure (`bits`), so a budget computed from a scheme cannot disagree with the bytes it becomes.
+
+No torch in this file: recipes and `--help` read it.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from bitlathe.errors import RecipeError
+
+
+class Grid(BaseModel):
+    """A finite set of numbers.
+
+    kind: "int" (two's complement, or unsigned with a zero point), "float" (a sign, an exponent, a mantissa), "exponent"
+    (powers of two). bits: width of one code. maximum: largest finite value of a float grid.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    bits: int
+    kind: Literal["int", "float", "exponent"]
+    maximum: float = 0.0
+
+
+GRIDS: dict[str, Grid] = {
+    grid.name: grid
+    for grid in (
+        *(Grid(name=f"INT{bits}", bits=bits, kind="int") for bits in range(2, 9)),
+        Grid(name="E2M1", bits=4, kind="float", maximum=6.0),  # OCP Microscaling Formats 1.0
+        Grid(name="E4M3", bits=8, kind="float", maximum=448.0),  # OCP 8-bit floating point, the "fn" variant
+        Grid(name="E8M0", bits=8, kind="exponent", maximum=2.0**127),  # OCP Microscaling Formats 1.0
+        Grid(name="BF16", bits=16, kind="float", maximum=3.3895313892515355e38),
+        Grid(name="FP16", bits=16, kind="float", maximum=65504.0),
+        Grid(name="FP32", bits=32, kind="float", maximum=3.4028234663852886e38),
+    )
+}
+
+
+class Scheme(BaseModel):
+    """How a matrix [rows, columns] is stored.
+
+    grid: name in GRIDS. block: (rows, columns) that share one scale; 0 means the whole extent, so (1, 128) is groups of 128
+    inputs, (1, 0) one scale a row, (0, 0) one a tensor, (128, 128) square blocks (the last may be ragged in rows, never in
+    columns). scale: the scheme of the matrix of scales [ceil(rows / block rows), columns / block columns]; None for values
+    stored as they are. asymmetric: an unsigned integer zero point of the grid's width beside each scale.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    grid: str
+    block: tuple[int, int] = (1, 1)
+    scale: Scheme | None = None
+    asymmetric: bool = False
+
+    @field_validator("grid")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in GRIDS:
+            raise ValueError(f"unknown grid {name!r}; known: {', '.join(GRIDS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _sound(self) -> Scheme:
+        if self.asymmetric and (GRIDS[self.grid].kind != "int" or self.scale is None):
+            raise ValueError("only an integer grid with scales can be asymmetric")
+        if GRIDS[self.grid].kind == "int" and self.scale is None:
+            raise ValueError("an integer grid needs a scale")
+        return self
+
+    def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the matrix of scales of a matrix of `shape` [rows, columns]."""
+        rows, columns = (extent or whole for extent, whole in zip(self.block, shape, strict=True))
+        return ceil(shape[0] / rows), ceil(shape[1] / columns)
+
+    def bits(self, shape: tuple[int, int]) -> int:
+        """Bits that a matrix of `shape` [rows, columns] takes: codes, scales of every level, zero points; no padding."""
+        width, total = GRIDS[self.grid].bits, shape[0] * shape[1] * GRIDS[self.grid].bits
+        if self.scale is not None:
+            blocks = self.blocks(shape)
+            total += self.scale.bits(blocks) + (blocks[0] * blocks[1] * width if self.asymmetric else 0)
+        return total
+
+    def fits(self, shape: tuple[int, int]) -> bool:
+        """Whether the blocks divide the inputs (columns) of a matrix of `shape`."""
+        return self.block[1] == 0 or shape[1] % self.block[1] == 0
+
+    def served_in(self, dtype: str) -> Scheme:
+        """The same scheme with its 16-bit scales in `dtype`, "bf16" or "fp16": the dtype a reader will hold them in."""
+        grid = {"BF16": dtype.upper(), "FP16": dtype.upper()}.get(self.grid, self.grid)
+        return self.model_copy(update={"grid": grid, "scale": self.scale and self.scale.served_in(dtype)})
+
+
+_SCALE = Scheme(grid="BF16")
+
+
+def _integer(bits: int, columns: int, asymmetric: bool) -> Scheme:
+    return Scheme(grid=f"INT{bits}", block=(1, columns), scale=_SCALE, asymmetric=asymmetric)
+
+
+# The names users type. A group of 128 is what a plain name means; "_CHANNEL" is one scale a row.
+SCHEMES: dict[str, Scheme] = {
+    f"W{bits}A16{suffix}{'_ASYM' if asymmetric else ''}": _integer(bits, columns, asymmetric)
+    for bits in (2, 3, 4, 5, 6, 8)
+    for suffix, columns in (("", 128), ("G32", 32), ("G64", 64), ("_CHANNEL", 0))
+    for asymmetric in (False, True)
+} | {
+    "FP8_TENSOR": Scheme(grid="E4M3", block=(0, 0), scale=_SCALE),
+    "FP8_CHANNEL": Scheme(grid="E4M3", block=(1, 0), scale=_SCALE),
+    "FP8_BLOCK": Scheme(grid="E4M3", block=(128, 128), scale=_SCALE),
+    "MXFP4A16": Scheme(grid="E2M1", block=(1, 32), scale=Scheme(grid="E8M0")),
+    "MXFP8A16": Scheme(grid="E4M3", block=(1, 32), scale=Scheme(grid="E8M0")),
+    "NVFP4A16": Scheme(
+        grid="E2M1", block=(1, 16), scale=Scheme(grid="E4M3", block=(0, 0), scale=Scheme(grid="FP32"))
+    ),
+}
+
+
+def _key(name: str) -> str:
+    return name.upper().replace("-", "").replace("_", "").replace("G128", "")
+
+
+_BY_KEY = {_key(name): name for name in SCHEMES}
+
+
+def canonical_name(name: str) -> str:
+    """The table's spelling of a scheme's name; case, "-" and "_" do not matter. Raises RecipeError for an unknown one."""
+    if _key(name) not in _BY_KEY:
+        raise RecipeError(
+            f"unknown scheme {name!r}. Known: {', '.join(SCHEMES)}. "
+            "Integer names read W<bits>A16, then G32, G64 or _CHANNEL (groups of 128 otherwise), then _ASYM."
+        )
+    return _BY_KEY[_key(name)]
+
+
+def scheme_named(name: str, dtype: str = "bf16") -> Scheme:
+    """The scheme users call `name`, with 16-bit scales in `dtype` ("bf16" or "fp16")."""
+    return SCHEMES[canonical_name(name)].served_in(dtype)
+
+
+def name_of(scheme: Scheme) -> str:
+    """The name of a scheme; a description where the table has none."""
+    plain = scheme.served_in("bf16")
+    for name, known in SCHEMES.items():
+        if known == plain:
+            return name
+    return f"{scheme.grid}[{scheme.block[0] or 'all'}x{scheme.block[1] or 'all'}]"

@@ -1,0 +1,108 @@
+"""The plan: one explicit row for every linear of a model, and the only place where patterns are matched.
+
+A plan is what search writes, what tuning obeys, what formats check and what a finished checkpoint carries as plan.json.
+Every linear has a row; a row without a weight scheme is kept in 16 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from bitlathe.errors import PlanError
+from bitlathe.numerics.rotation import Rotation
+from bitlathe.numerics.scheme import Scheme, name_of, scheme_named
+
+KEEP = "keep"
+
+
+class LayerPlan(BaseModel):
+    """What happens to one linear. weight: its scheme, or None to keep it in the plan's dtype."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: Scheme | None = None
+
+
+class Plan(BaseModel):
+    """Every linear of a model and what happens to it.
+
+    linears: full module name ("model.layers.0.self_attn.q_proj") to its row, in the model's order. dtype: the 16-bit dtype of
+    kept tensors, of scales, and of the forward pass of whoever loads the result. rotations: applied to the weights as they
+    are read, before anything else sees them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    linears: dict[str, LayerPlan]
+    dtype: Literal["bf16", "fp16"] = "bf16"
+    rotations: tuple[Rotation, ...] = ()
+
+    @property
+    def quantized(self) -> dict[str, Scheme]:
+        """The linears that are quantized, with their schemes."""
+        return {name: row.weight for name, row in self.linears.items() if row.weight is not None}
+
+    def digest(self) -> str:
+        """A hash that two plans share only when they are equal."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def resolve(
+    shapes: Mapping[str, tuple[int, int]],
+    scheme: str,
+    overrides: Mapping[str, str],
+    *,
+    dtype: Literal["bf16", "fp16"],
+    kept: Mapping[str, str],
+    tied: Iterable[str] = (),
+) -> tuple[Plan, dict[str, str]]:
+    """Settle what happens to every linear.
+
+    shapes: linear -> (outputs, inputs), in the model's order. scheme: the name every linear gets. overrides: glob over full
+    names -> scheme name or "keep"; the last that matches wins. kept: linears left alone unless an override names them, with
+    the reason. tied: linears that share their weight with another module and cannot be quantized at all.
+
+    Returns the plan, and for every linear kept in 16 bits the reason. Raises RecipeError for an unknown scheme name, and
+    PlanError for an override that matches nothing, a tied weight, or blocks that do not divide a linear's inputs.
+    """
+    chosen = {name: KEEP if name in kept else scheme for name in shapes}
+    reasons = dict(kept)
+    for glob, wanted in overrides.items():
+        matched = [name for name in shapes if fnmatchcase(name, glob)]
+        if not matched:
+            raise PlanError(
+                f"the override {glob!r} matches none of the {len(shapes)} linears. Names look like {next(iter(shapes))!r}; "
+                "a glob must match the whole name, so begin with * to match an ending"
+            )
+        for name in matched:
+            chosen[name] = wanted
+            reasons[name] = f"the override {glob}={wanted}"
+    schemes = {wanted: scheme_named(wanted, dtype) for wanted in chosen.values() if wanted != KEEP}
+    plan = Plan(linears={name: LayerPlan(weight=schemes.get(wanted)) for name, wanted in chosen.items()}, dtype=dtype)
+    for name in tied:
+        if name in plan.quantized:
+            raise PlanError(
+                f"{name} shares its weight with the embeddings, so {reasons[name]} cannot be done: leave it in 16 bits"
+            )
+    _refuse_ragged(plan, shapes)
+    return plan, {name: reasons[name] for name, row in plan.linears.items() if row.weight is None}
+
+
+def _refuse_ragged(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:
+    ragged = [name for name, scheme in plan.quantized.items() if not scheme.fits(shapes[name])]
+    if not ragged:
+        return
+    shown = ", ".join(f"{name} ({shapes[name][1]} inputs)" for name in ragged[:4])
+    more = f" and {len(ragged) - 4} more" if len(ragged) > 4 else ""
+    sizes = [size for size in (128, 64, 32, 16) if all(shapes[name][1] % size == 0 for name in ragged)]
+    fitting = " or ".join(f"groups of {size}" for size in sizes)
+    raise PlanError(
+        f"{name_of(plan.quantized[ragged[0]])} puts {plan.quantized[ragged[0]].block[1]} inputs under one scale, which does not "
+        f"divide the inputs of {shown}{more}. What divides them: {fitting + ', or ' if sizes else ''}one scale a row (_CHANNEL). "
+        "Choose such a scheme for them with an override, or keep them in 16 bits"
+    )
