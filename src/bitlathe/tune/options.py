@@ -1,0 +1,21 @@
+"""What can be set about a tuner beyond what all of them share. No torch here: recipes read it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class SignRoundOptions(BaseModel):
+    """Options of `signround`.
+
+    lr: first learning rate in grid steps, decaying linearly to 0; None is 1/iters. compile: run the tuning step through
+    torch.compile. held_out: how many sequences choose the best state and are not trained on. check_every: steps between two
+    looks at them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lr: float | None = Field(default=None, gt=0)
+    compile: bool = False
+    held_out: int = Field(default=8, ge=0)
+    check_every: int = Field(default=20, gt=0)
