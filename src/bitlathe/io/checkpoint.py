@@ -15,14 +15,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.errors import HTTPError as HubHTTPError  # of whichever HTTP library the Hub's client is built on
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of whichever HTTP library the client is built on
+)
 from torch import Tensor
 
 from bitlathe.errors import CheckpointError
@@ -175,7 +178,8 @@ def find_folder(source: str) -> Path:
     hub = HUB_ID.fullmatch(source)
     if hub is None:
         raise CheckpointError(
-            f"There is no folder {source}. Give a folder that exists, a Hub id such as org/name, or {BUILTIN} for the bundled model."
+            f"There is no folder {source}. Give a folder that exists, a Hub id such as org/name, or {BUILTIN} for the bundled "
+            f"model."
         )
     try:
         folder = snapshot_download(
@@ -185,10 +189,10 @@ def find_folder(source: str) -> Path:
             # subfolders hold conversions to other formats, consolidated* a second copy of the weights
             ignore_patterns=["*/*", "consolidated*"],
         )
-    except (HubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
-            f"There is no folder {source} here, and the Hub did not give a model of that name ({_first_line(error)}). Either give "
-            f"a local folder, or check the name, the network and, for a gated model, the login (hf auth login)."
+            f"There is no folder {source} here, and the Hub did not give a model of that name ({_first_line(error)}). Either "
+            f"give a local folder, or check the name, the network and, for a gated model, the login (hf auth login)."
         ) from error
     return Path(folder)
 
@@ -296,9 +300,9 @@ def _weight_files(folder: Path, index: Mapping[str, str]) -> list[Path]:
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles or (folder / "pytorch_model.bin.index.json").is_file():
         raise CheckpointError(
-            f"{folder} holds only pickled weights ({_some(pickles or ['pytorch_model.bin'])}), which are not read: unpickling can "
-            f"run any code. Use a revision of the model that has safetensors, or convert it where you trust it: load it with "
-            f"transformers and call save_pretrained(folder, safe_serialization=True)."
+            f"{folder} holds only pickled weights ({_some(pickles or ['pytorch_model.bin'])}), which are not read: unpickling "
+            f"can run any code. Take a revision of the model that has safetensors, or, if you trust it, load it with "
+            f"transformers and save it again: save_pretrained(folder, safe_serialization=True)."
         )
     raise CheckpointError(f"{folder} holds no *.safetensors file; a model needs {CONFIG} and its weights as safetensors.")
 
@@ -368,7 +372,7 @@ def _map(run: list[tuple[str, TensorInfo]]) -> dict[str, Tensor]:
     return tensors
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path) -> BufferedReader:
     try:
         return file.open("rb")
     except OSError as error:
