@@ -39,7 +39,7 @@ def resolve(name: str, table: Mapping[str, str], kind: str) -> Any:
 def load(target: str) -> Any:
     """The attribute that "module:attribute" names."""
     module, _, attribute = target.partition(":")
-    return vars(import_module(module))[attribute]
+    return getattr(import_module(module), attribute)
 
 
 def _key(name: str) -> str:
