@@ -31,6 +31,11 @@ class TunedLinear(nn.Module):
         """What has been learned so far; `quantize` of the weight with it gives the codes this layer runs."""
         return Learned(offset=self.offset, low=self.low, high=self.high)
 
+    def bounded(self) -> list[tuple[nn.Parameter, float, float]]:
+        """What is learned, each with the bounds it stays in: half a step either way, and never more than the whole range."""
+        ranges = [(end, 0.0, 1.0) for end in (self.low, self.high) if end is not None]
+        return [(self.offset, -0.5, 0.5), *ranges]
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
         weight = fake_quantize(self.weight, self.scheme, self.learned, peak=self.peak, dtype=self.dtype)

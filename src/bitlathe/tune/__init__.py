@@ -1,10 +1,10 @@
 """Tuners: one algorithm a file, each turning a block's linears into codes.
 
-A tuner is a function from a block, its plan and the hidden states around it to the finished linears. It knows nothing of
-files, formats or other tuners.
+A tuner turns a block, the schemes of its linears and the hidden states around it into finished linears (`base.Tuner`). It knows
+nothing of files, and of other tuners only what it starts from.
 """
 
 TUNERS: dict[str, str] = {
-    "rtn": "bitlathe.tune.rtn:rtn",
-    "signround": "bitlathe.tune.signround:signround",
+    "rtn": "bitlathe.tune.rtn:Rtn",
+    "signround": "bitlathe.tune.signround:SignRound",
 }

@@ -19,3 +19,15 @@ class SignRoundOptions(BaseModel):
     compile: bool = False
     held_out: int = Field(default=8, ge=0)
     check_every: int = Field(default=20, gt=0)
+
+
+class TuneOptions(BaseModel):
+    """What a tuner may take from a recipe; see `Recipe` for the fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    iters: int
+    batch_size: int
+    seed: int
+    search: bool
+    signround: SignRoundOptions

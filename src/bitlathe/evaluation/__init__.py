@@ -1,0 +1,1 @@
+"""Measuring a model, and how far it is from its original."""

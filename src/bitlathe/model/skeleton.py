@@ -1,0 +1,208 @@
+"""A model without weights: what transformers would build, from which blocks are taken one at a time.
+
+The blocks of the skeleton stay on the meta device. To learn how the model calls its blocks, a second skeleton is run whose
+blocks are taps: they record the call they receive and pass the hidden states on.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from bitlathe.arch import Arch, arch_for
+from bitlathe.errors import UnsupportedModel
+from bitlathe.model.block import Block
+from bitlathe.model.buffers import materialise_buffers
+from bitlathe.model.weights import Weights
+
+
+class _Tap(nn.Module):
+    """Stands where a block was and remembers how it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+        self.call: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **call: Any) -> Tensor:
+        self.hidden, self.call = hidden_states, call
+        return hidden_states
+
+
+class _Tail(nn.Module):
+    """Stands where the base model was: the hidden states it is given are those after the last block."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, *, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))
+
+
+class Head(Block):
+    """The end of the model, as the block after the last: final norm, output head, and what the family does to logits."""
+
+    def __call__(self, x_BTD: Tensor) -> Tensor:
+        """[batch, tokens, width] to logits [batch, tokens, vocabulary]."""
+        return self.module(inputs_embeds=x_BTD, use_cache=False).logits
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The shape of a model, and its parts on demand. model: on the meta device, never filled."""
+
+    model: PreTrainedModel
+    arch: Arch
+    linears: dict[str, tuple[int, int]] = field(repr=False)
+
+    @property
+    def depth(self) -> int:
+        """How many blocks there are."""
+        return len(self._layers)
+
+    @property
+    def blocks(self) -> list[str]:
+        """The blocks' paths in the model."""
+        return [f"{self.arch.blocks}.{index}" for index in range(self.depth)]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor a checkpoint of the model must have, tied ones once, with its shape."""
+        return {name: tuple(t.shape) for name, t in self.model.state_dict().items() if name not in self.tied}
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Parameter -> the parameter whose tensor it shares."""
+        head, embed = f"{self.arch.head}.weight", f"{self.arch.embed}.weight"
+        return {head: embed} if self.model.config.tie_word_embeddings else {}
+
+    @property
+    def fused(self) -> dict[str, str]:
+        """Linear -> label of the group of linears that is served as one matrix."""
+        rows = {row.name: row.fused for row in self.arch.linears if row.fused}
+        return {f"{block}.{name}": f"{block}.{group}" for block in self.blocks for name, group in rows.items()}
+
+    def parameters_of(self, name: str) -> list[str]:
+        """Full names of the parameters and buffers saved for the module `name`."""
+        return [f"{name}.{key}" for key in self.model.get_submodule(name).state_dict()]
+
+    def block(self, index: int, weights: dict[str, Tensor], call: dict[str, Any], dtype: torch.dtype) -> Block:
+        """Block `index` with `weights` (full names, all of its parameters) in it."""
+        name = self.blocks[index]
+        module = _filled(self.model, name, weights, dtype)
+        prefix = f"{name}."
+        linears = tuple(linear for linear in self.linears if linear.startswith(prefix))
+        return Block(index=index, name=name, module=module, linears=linears, fused=self.fused, call=call, dtype=dtype)
+
+    def head(self, weights: Weights) -> Head:
+        """The end of the model, with its weights."""
+        names = [self.arch.norm, self.arch.head]
+        read = weights.read(key for name in names for key in self.parameters_of(name))
+        norm, head = (_filled(self.model, name, read, weights.dtype) for name in names)
+        model = copy.deepcopy(self.model)
+        _put(model, self.arch.base, _Tail(norm))
+        _put(model, self.arch.head, head)
+        linears = (self.arch.head,)
+        return Head(index=self.depth, name="", module=model, linears=linears, fused={}, call={}, dtype=weights.dtype)
+
+    def front(self, weights: Weights) -> Front:
+        """What comes before the blocks: embeddings and the calls that the blocks will receive."""
+        model = copy.deepcopy(self.model)
+        taps = nn.ModuleList(_Tap() for _ in range(self.depth))
+        _put(model, self.arch.blocks, taps)
+        _put(model, self.arch.norm, nn.Identity())
+        base = model.get_submodule(self.arch.base)
+        materialise_buffers(model, [base], weights.device)
+        embed = weights.read(self.parameters_of(self.arch.embed))
+        base.load_state_dict(
+            {key.removeprefix(f"{self.arch.base}."): tensor for key, tensor in embed.items()}, strict=False, assign=True
+        )
+        return Front(base.eval(), taps)
+
+    @property
+    def _layers(self) -> nn.ModuleList:
+        layers = self.model.get_submodule(self.arch.blocks)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+
+@dataclass(frozen=True)
+class Front:
+    """Embeddings, rotary tables and masks: everything of a model that runs before its first block."""
+
+    base: nn.Module
+    taps: nn.ModuleList
+
+    def embed(self, tokens_1T: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """First hidden states [1, tokens, width] of one window, and each block's call.
+
+        The calls depend on the window's length only and have a batch of one in front, so they serve any batch of windows of
+        that length.
+        """
+        with torch.no_grad():
+            self.base(input_ids=tokens_1T, use_cache=False)
+        hidden = self.taps[0].hidden
+        assert isinstance(hidden, Tensor)
+        return hidden, [tap.call for tap in self.taps]
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The model's configuration, without what an earlier quantization put into it."""
+    config = AutoConfig.from_pretrained(folder)
+    if "quantization_config" in config.to_dict():
+        del config.quantization_config
+    return config
+
+
+def skeleton_of(folder: Path, dtype: torch.dtype) -> Skeleton:
+    """The skeleton of the model in `folder`, to be run in `dtype`.
+
+    Raises UnsupportedModel for a family without a table, or with linears that its table does not name.
+    """
+    config = read_config(folder)
+    arch = arch_for(config.to_dict())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.requires_grad_(False)
+    model.eval()
+    return Skeleton(model, arch, _linears(model, arch))
+
+
+def _linears(model: PreTrainedModel, arch: Arch) -> dict[str, tuple[int, int]]:
+    """Every linear of the model with its shape, in the model's order; the arch table must name all there are in a block."""
+    known = {row.name for row in arch.linears}
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            inner = name.removeprefix(f"{arch.blocks}.").partition(".")[2]
+            if name != arch.head and inner not in known:
+                raise UnsupportedModel(
+                    f"{name} is a linear that the table of the family {model.config.model_type!r} does not name, so it would be "
+                    "left out without a word. This variant of the family needs a table of its own"
+                )
+            found[name] = (module.out_features, module.in_features)
+    return found
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent).register_module(child, module)
+
+
+def _filled(model: PreTrainedModel, name: str, weights: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    module = copy.deepcopy(model.get_submodule(name))
+    prefix = f"{name}."
+    inner = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
+    module.load_state_dict(inner, assign=True)
+    device = next(iter(inner.values())).device
+    materialise_buffers(model, [module], device)
+    assert all(parameter.dtype == dtype for parameter in module.parameters())
+    return module.requires_grad_(False).eval()

@@ -1,0 +1,73 @@
+"""Opening a model folder, original or quantized: its skeleton, and its weights as the forward pass sees them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bitlathe.errors import CheckpointError, RecipeError
+from bitlathe.formats import FORMATS
+from bitlathe.formats.base import Format
+from bitlathe.io.checkpoint import Checkpoint
+from bitlathe.model.skeleton import Skeleton, skeleton_of
+from bitlathe.model.weights import DTYPES, Weights
+from bitlathe.registry import resolve
+
+# quant_method of config.json -> format that reads it
+_METHODS: dict[str, str] = {"bitlathe": "native", "compressed-tensors": "compressed-tensors"}
+
+
+def device_named(name: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "cuda:i" means here. Raises RecipeError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        there = f"{torch.cuda.device_count()} CUDA device(s)" if torch.cuda.is_available() else "no CUDA device"
+        raise RecipeError(f"device {name!r} was asked for, and this machine has {there}. Use --device auto or --device cpu")
+    return device
+
+
+def open_model(
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[Skeleton, Weights]:
+    """The skeleton and weights of a checkpoint; dtype: to run it in, by default the one it is stored in.
+
+    Raises CheckpointError for tensors that are missing or wrongly shaped, and for a quantization that cannot be read here.
+    """
+    stored = config_dtype(checkpoint.config)
+    skeleton = skeleton_of(checkpoint.path, dtype or DTYPES[stored])
+    linears = skeleton.linears
+    weights = Weights(checkpoint, linears, skeleton.tied, dtype or DTYPES[stored], device)
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization is None:
+        checkpoint.expect(skeleton.shapes)
+        return skeleton, weights
+    format = _format_of(quantization, checkpoint)
+    plan = format.parse(quantization, list(linears))
+    coded = {f"{name}.weight" for name in plan.quantized}
+    checkpoint.expect({name: shape for name, shape in skeleton.shapes.items() if name not in coded})
+    if plan.dtype != stored:
+        plan = plan.model_copy(update={"dtype": stored})
+    return skeleton, replace(weights, plan=plan, format=format)
+
+
+def config_dtype(config: dict[str, Any]) -> str:
+    """The dtype a config.json names ("bf16", "fp16" or "fp32"), under its new or its old key."""
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+    if name not in names:
+        raise CheckpointError(f"config.json names the dtype {name!r}; what can be read is {', '.join(names)}")
+    return names[name]
+
+
+def _format_of(quantization: dict[str, Any], checkpoint: Checkpoint) -> Format:
+    method = quantization.get("quant_method")
+    if method not in _METHODS:
+        raise CheckpointError(
+            f"{checkpoint.path} is quantized already, by the method {method!r}, which is not read here "
+            f"({', '.join(_METHODS)} are). Use the original model"
+        )
+    return resolve(_METHODS[method], FORMATS, "format")()

@@ -1,0 +1,145 @@
+"""quantize: recipe -> plan -> codes -> bytes, and nothing back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bitlathe.formats import FORMATS
+from bitlathe.formats.base import Format, QuantLayer
+from bitlathe.io.writer import Writer
+from bitlathe.model.block import Block
+from bitlathe.model.hidden import Budget
+from bitlathe.model.walk import Start, Step, begin, walk
+from bitlathe.plan import Plan
+from bitlathe.prepare import CODES, Prepared, prepare
+from bitlathe.recipe import Recipe, merge
+from bitlathe.registry import resolve as named
+from bitlathe.report import BlockReport, Listener, Note, peak_memory
+from bitlathe.report import Step as Progress
+from bitlathe.result import finish
+from bitlathe.tune.base import Tuned
+from bitlathe.tune.rtn import Rtn
+
+
+def quantize(
+    model: str, *, out: Path | str, scheme: str = "W4A16", restart: bool = False, listen: Listener | None = None, **fields: Any
+) -> Plan:
+    """Quantize a model into `out` and return the plan that was carried out.
+
+    model: a folder or a Hub id. fields: any other field of `Recipe`. restart: throw away an unfinished run of another recipe.
+    listen: called with every event of `bitlathe.report`. A run that was interrupted continues when called again.
+    Raises a BitlatheError before any weight is read when something asked for cannot be done.
+    """
+    return run(merge({"model": model, "out": out, "scheme": scheme, **fields}), restart=restart, listen=listen or (lambda event: None))
+
+
+def run(recipe: Recipe, *, restart: bool, listen: Listener) -> Plan:
+    """Carry out a recipe."""
+    started = time.perf_counter()
+    ready = prepare(recipe)
+    for note in ready.notes:
+        listen(Note(note))
+    depth = ready.skeleton.depth
+    with Writer(
+        recipe.out, streams=ready.streams, shards=depth + 1, fingerprint=ready.fingerprint(), restart=restart
+    ) as writer:
+        if writer.finished:
+            listen(Note(f"{recipe.out} already holds this very result: nothing was done"))
+            return ready.plan
+        tail = None
+        for step in walk(ready.skeleton, ready.weights, _start(ready, writer), batch_size=recipe.batch_size):
+            listen(_turn(ready, writer, step, listen))
+            tail = step.inputs
+        head = Step(ready.skeleton.head(ready.weights), tail, None)
+        listen(_turn(ready, writer, head, listen))
+        finish(ready, writer, seconds=time.perf_counter() - started)
+    return ready.plan
+
+
+def _start(ready: Prepared, writer: Writer) -> Start:
+    if ready.tokens is None:
+        return Start([], ())
+    budget = Budget(ready.recipe.memory.activations, writer.work)
+    return begin(ready.skeleton, ready.weights, ready.tokens, budget, streams=ready.tuner.streams)
+
+
+def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener) -> BlockReport:
+    """One block's turn: its codes from the journal or from the tuner, into the block and onto the disk."""
+    block, depth = step.block, ready.skeleton.depth
+    if block.index in writer.done:
+        layers = _stored_layers(ready, writer, block)
+        block.freeze(layers)
+        return BlockReport(**{**writer.done[block.index]["report"], "resumed": True})
+    started = time.perf_counter()
+    schemes = {name: scheme for name, scheme in ready.plan.quantized.items() if name in block.linears}
+    tuned = _tune(ready, step, schemes, listen)
+    block.freeze(tuned.layers)
+    ram, vram = peak_memory()
+    report = BlockReport(
+        block=block.index,
+        blocks=depth,
+        name=block.name or "head",
+        linears=len(schemes),
+        loss_before=tuned.before,
+        loss_after=tuned.after,
+        seconds=time.perf_counter() - started,
+        peak_ram=ram,
+        peak_vram=vram,
+    )
+    kept = _kept_tensors(ready, block, schemes)
+    writer.put(
+        block.index,
+        {
+            stream: kept | _encoded(named(stream, FORMATS, "format")(), tuned.layers, ready.plan.dtype)
+            for stream in ready.streams
+        },
+        {"report": report.model_dump()},
+    )
+    return report
+
+
+def _tune(ready: Prepared, step: Step, schemes: Mapping[str, Any], listen: Listener) -> Tuned:
+    if not schemes:
+        return Tuned({})
+    # Logits are too wide to descend on: the head is rounded to nearest, on the range its inputs ask for.
+    at_head = step.block.index == ready.skeleton.depth
+    tuner = Rtn(searched=step.inputs is not None, batch_size=ready.recipe.batch_size) if at_head else ready.tuner
+
+    def on_step(done: int, steps: int, loss: float) -> None:
+        listen(Progress(step.block.index, ready.skeleton.depth, done, steps, loss))
+
+    return tuner.tune(step, schemes, on_step)
+
+
+def _kept_tensors(ready: Prepared, block: Block, schemes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What goes into the block's shard beside its codes; the head's shard takes everything outside of the blocks."""
+    skeleton = ready.skeleton
+    if block.index < skeleton.depth:
+        names = skeleton.parameters_of(block.name)
+    else:
+        names = [name for name in skeleton.shapes if not name.startswith(f"{skeleton.arch.blocks}.")]
+    coded = {f"{name}.weight" for name in schemes}
+    return {name: tensor.cpu() for name, tensor in ready.weights.read(name for name in names if name not in coded).items()}
+
+
+def _encoded(format: Format, layers: Mapping[str, QuantLayer], dtype: str) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": tensor.cpu() for name, layer in layers.items() for key, tensor in format.encode(layer, dtype).items()
+    }
+
+
+def _stored_layers(ready: Prepared, writer: Writer, block: Block) -> dict[str, QuantLayer]:
+    tensors = writer.read(CODES, block.index)
+    codes = named(CODES, FORMATS, "format")()
+    layers = {}
+    for name in block.linears:
+        if name in ready.plan.quantized:
+            own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            own.pop("bias", None)
+            layers[name] = codes.decode(own, ready.plan.quantized[name], ready.skeleton.linears[name])
+    return layers

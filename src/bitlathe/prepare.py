@@ -1,0 +1,111 @@
+"""From a recipe to a plan that is known to be possible, without a weight being read."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from bitlathe.errors import CheckpointError, PlanError
+from bitlathe.formats import FORMATS
+from bitlathe.formats.base import Format
+from bitlathe.io.checkpoint import Checkpoint
+from bitlathe.io.writer import require_room
+from bitlathe.model.calib import characters_for, text_of, tokenizer_of, windows_of
+from bitlathe.model.skeleton import Skeleton
+from bitlathe.model.source import config_dtype, device_named, open_model
+from bitlathe.model.weights import DTYPES, Weights
+from bitlathe.plan import Plan, resolve
+from bitlathe.recipe import Recipe
+from bitlathe.registry import resolve as named
+from bitlathe.tune import TUNERS
+from bitlathe.tune.base import Tuner
+from bitlathe.version import VERSION
+
+# The stream of shards that a resumed run reads its finished blocks from, whatever formats are asked for.
+CODES = "native"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that has been found possible: everything that is known before the first weight is read."""
+
+    recipe: Recipe
+    skeleton: Skeleton
+    weights: Weights
+    plan: Plan
+    kept: dict[str, str]
+    formats: dict[str, Format]
+    tuner: Tuner
+    tokens: Tensor | None
+    notes: tuple[str, ...]
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """What is written while the run goes on: every format asked for, and the codes to resume from."""
+        return tuple(dict.fromkeys((CODES, *self.formats)))
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the result depends on, part by part."""
+        text = b"" if self.tokens is None else self.tokens.numpy().tobytes()
+        return {
+            "recipe": self.recipe.digest(),
+            "model": self.weights.checkpoint.fingerprint(),
+            "calibration": hashlib.sha256(text).hexdigest(),
+            "version": f"bitlathe {VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
+        }
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Everything that can be refused is refused here, before a weight is read."""
+    device = device_named(recipe.device)
+    formats = {name: named(name, FORMATS, "format")() for name in recipe.formats}
+    tuner = named(recipe.tuner, TUNERS, "tuner").of(recipe.tuning())
+    checkpoint = Checkpoint(recipe.model)
+    stored = config_dtype(checkpoint.config)
+    dtype = recipe.dtype if recipe.dtype != "auto" else stored if stored != "fp32" else "bf16"
+    skeleton, weights = open_model(checkpoint, device=device, dtype=DTYPES[dtype])
+    if weights.plan is not None:
+        raise CheckpointError(f"{checkpoint.path} is quantized already. Quantize the original model instead")
+    head = skeleton.arch.head
+    kept = {head: "shares its weight with the embeddings" if skeleton.tied else "the output head stays in 16 bits unless asked for"}
+    plan, reasons = resolve(
+        skeleton.linears,
+        recipe.scheme,
+        recipe.overrides,
+        dtype=dtype,
+        kept=kept,
+        tied=[name.removesuffix(".weight") for name in skeleton.tied],
+    )
+    if not plan.quantized:
+        raise PlanError("every linear is kept in 16 bits, so there is nothing to do: give a scheme, or fewer overrides")
+    for format in formats.values():
+        format.check(plan, skeleton.linears, skeleton.fused)
+    tokens, notes = _calibration(recipe, checkpoint.path) if tuner.streams else (None, ())
+    if dtype != stored:
+        notes = (*notes, f"the model is stored in {stored}; the result and everything measured on the way is in {dtype}")
+    require_room(recipe.out, _bytes_needed(skeleton, plan, copies=len(dict.fromkeys((CODES, *formats)))))
+    return Prepared(recipe, skeleton, weights, plan, reasons, formats, tuner, tokens, notes)
+
+
+def _calibration(recipe: Recipe, folder: Path) -> tuple[Tensor, tuple[str, ...]]:
+    tokenizer = tokenizer_of(folder)
+    documents = text_of(recipe.calib, "calibration", characters=characters_for(recipe.samples, recipe.seqlen))
+    tokens = windows_of(tokenizer, documents, seqlen=recipe.seqlen, count=recipe.samples, seed=recipe.seed)
+    if len(tokens) < recipe.samples:
+        return tokens, (f"the calibration text holds {len(tokens)} windows of {recipe.seqlen} tokens, fewer than --samples "
+                        f"{recipe.samples}: all of them are used",)
+    return tokens, ()
+
+
+def _bytes_needed(skeleton: Skeleton, plan: Plan, *, copies: int) -> int:
+    linears = sum(
+        (16 * shape[0] * shape[1] if name not in plan.quantized else plan.quantized[name].bits(shape)) // 8
+        for name, shape in skeleton.linears.items()
+    )
+    other = sum(2 * torch.Size(shape).numel() for name, shape in skeleton.shapes.items() if name.removesuffix(".weight") not in plan.linears)
+    return copies * (linears + other)

@@ -1,0 +1,275 @@
+"""The recipe: everything a user can ask for, in one frozen value.
+
+A field has one name wherever it appears: as a keyword of `bitlathe.quantize`, as a key of a yaml file, after `--set`, and, for
+the common ones, as an option of the command line. Later layers win: defaults, then the file, then options, then `--set`.
+
+No torch in this file: `--help` reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from bitlathe.errors import RecipeError
+from bitlathe.formats import ALIASES, FORMATS
+from bitlathe.io.sizes import parse_size
+from bitlathe.numerics.scheme import canonical_name
+from bitlathe.plan import KEEP
+from bitlathe.registry import canonical, did_you_mean
+from bitlathe.tune import TUNERS
+from bitlathe.tune.options import SignRoundOptions, TuneOptions, TuneOptions
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+class Memory(BaseModel):
+    """Budgets in bytes; texts such as "4GiB" are understood. activations: hidden states beyond it lie in a file beside `out`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    activations: PositiveInt = 4 * 2**30
+
+    @field_validator("activations", mode="before")
+    @classmethod
+    def _bytes(cls, size: Any) -> Any:
+        try:
+            return parse_size(size) if isinstance(size, str) else size
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
+
+
+class Recipe(BaseModel):
+    """What is asked for; everything but `model` and `out` has a default.
+
+    model: a folder, a Hub id, or "builtin". out: the folder of the result. scheme: the name of the scheme that every linear
+    gets. overrides: glob over full linear names -> scheme name or "keep"; the last that matches wins. formats: the checkpoints
+    written. tuner: how codes are found. iters: its steps a block. batch_size: sequences a step. search: for rtn, search each
+    block's scale weighted by E[x^2] instead of taking the min-max range. calib: a data set on the Hub, a text file, or
+    "builtin". samples, seqlen: calibration windows and their length in tokens. device: auto, cpu, cuda or cuda:i. dtype: of
+    what stays in 16 bits; auto follows the model. seed: of every random choice. memory, signround: see their types.
+
+    Raises RecipeError, naming the field, for anything that is not understood.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    out: Path
+    scheme: str = "W4A16"
+    overrides: dict[str, str] = {}
+    formats: tuple[str, ...] = ("native",)
+    tuner: str = "signround"
+    iters: PositiveInt = 200
+    batch_size: PositiveInt = 8
+    search: bool = True
+    calib: str = "NeelNanda/pile-10k"
+    samples: PositiveInt = 128
+    seqlen: PositiveInt = 2048
+    device: str = "auto"
+    dtype: Literal["auto", "bf16", "fp16"] = "auto"
+    seed: NonNegativeInt = 0
+    memory: Memory = Field(default_factory=Memory)
+    signround: SignRoundOptions = Field(default_factory=SignRoundOptions)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_our_words(cls, data: Any, handler: ModelWrapValidatorHandler[Recipe]) -> Recipe:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise RecipeError(_explain(error)) from error
+
+    @field_validator("model", "calib", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @field_validator("scheme")
+    @classmethod
+    def _scheme(cls, name: str) -> str:
+        return _known_scheme(name)
+
+    @field_validator("overrides")
+    @classmethod
+    def _overrides(cls, wanted: dict[str, str]) -> dict[str, str]:
+        return {glob: KEEP if name.lower() == KEEP else _known_scheme(name) for glob, name in wanted.items()}
+
+    @field_validator("formats", mode="before")
+    @classmethod
+    def _formats(cls, names: Any) -> tuple[str, ...]:
+        parts = names.split(",") if isinstance(names, str) else names
+        if not isinstance(parts, list | tuple) or not parts or not all(isinstance(part, str) for part in parts):
+            raise ValueError("one name or several, as a list or with commas between them")
+        formats = tuple(_known(part.strip(), FORMATS, "format", ALIASES) for part in parts)
+        if len(set(formats)) < len(formats):
+            raise ValueError(f"a format is named twice: {', '.join(formats)}")
+        return formats
+
+    @field_validator("tuner")
+    @classmethod
+    def _tuner(cls, name: str) -> str:
+        return _known(name, TUNERS, "tuner")
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, name: str) -> str:
+        if not _DEVICE.fullmatch(name.lower()):
+            raise ValueError("a device is auto, cpu, cuda, or cuda:0, cuda:1 ...")
+        return name.lower()
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _dtype(cls, name: Any) -> Any:
+        longer = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
+        return longer.get(name.lower(), name.lower()) if isinstance(name, str) else name
+
+    @field_validator("memory", "signround", mode="before")
+    @classmethod
+    def _section(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, Mapping | BaseModel):
+            return value
+        raise ValueError(f"a section, not a value: set one of its fields, {_fields_of(str(info.field_name))}")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """The recipe in a yaml file, which must name `model` and `out`. Raises RecipeError."""
+        return merge(read_yaml(path))
+
+    def tuning(self) -> TuneOptions:
+        """What a tuner may know of the recipe."""
+        return TuneOptions(**{name: getattr(self, name) for name in TuneOptions.model_fields})
+
+    def tuning(self) -> TuneOptions:
+        """The part of the recipe that tuners take."""
+        return TuneOptions(**{name: value for name, value in self if name in TuneOptions.model_fields})
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that can change the numbers or the files of the result, as plain values.
+
+        Left out: where the result goes, how much memory may be used, and which of several GPUs does it.
+        """
+        plain = self.model_dump(mode="json", exclude={"out", "memory"})
+        return plain | {"device": self.device.partition(":")[0]}
+
+    def digest(self) -> str:
+        """A hash that two recipes share only when `settings` are equal, the order of overrides included."""
+        return hashlib.sha256(json.dumps(self.settings()).encode()).hexdigest()
+
+
+def merge(*layers: Mapping[str, Any]) -> Recipe:
+    """One recipe from several partial ones; later layers win, field by field, and override by override.
+
+    Raises RecipeError for a missing, unknown or unusable field.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            before = merged.get(name)
+            if isinstance(before, Mapping) and isinstance(value, Mapping):
+                # A key that is given again moves to the end: of overrides, the last that matches wins.
+                value = {key: kept for key, kept in before.items() if key not in value} | dict(value)
+            merged[name] = value
+    return Recipe.model_validate(merged)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The fields that a yaml file gives, not checked yet. Raises RecipeError if it cannot be read as a mapping."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the recipe {str(path)!r} is not yaml: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"the recipe {str(path)!r} holds no fields. It is a mapping such as 'scheme: W4A16'")
+    return {str(name): value for name, value in content.items()}
+
+
+def parse_sets(assignments: Iterable[str]) -> dict[str, Any]:
+    """["seqlen=512", "memory.activations=4GiB"] as nested fields, not checked yet. Raises RecipeError for one without "="."""
+    fields: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not equals or not section or (dot and not name):
+            raise RecipeError(f"--set {assignment!r} is not key=value. Example: --set memory.activations=4GiB")
+        if dot:
+            inside = fields.setdefault(section, {})
+            if not isinstance(inside, dict):
+                raise RecipeError(f"--set {section} is given both as a value and as a section ({assignment!r})")
+            inside[name] = value
+        else:
+            fields[section] = value
+    return fields
+
+
+def parse_overrides(assignments: Iterable[str]) -> dict[str, str]:
+    """["*.down_proj=W8A16", "*.0.*=keep"] as a mapping in the same order. Raises RecipeError for one without "="."""
+    overrides: dict[str, str] = {}
+    for assignment in assignments:
+        glob, equals, wanted = assignment.rpartition("=")
+        if not equals or not glob or not wanted:
+            raise RecipeError(f"--override {assignment!r} is not GLOB=SCHEME. Example: --override '*.down_proj=W8A16'")
+        overrides.pop(glob, None)
+        overrides[glob] = wanted
+    return overrides
+
+
+def _known(name: str, table: Mapping[str, str], kind: str, aliases: Mapping[str, str] | None = None) -> str:
+    try:
+        return canonical(name, table, kind, aliases)
+    except RecipeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _known_scheme(name: str) -> str:
+    try:
+        return canonical_name(name)
+    except RecipeError as error:
+        raise ValueError(str(error)) from error
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {"memory": Memory, "signround": SignRoundOptions}
+
+
+def _fields_of(section: str) -> str:
+    """The names a section knows, in full ("" is the recipe itself)."""
+    prefix = f"{section}." if section else ""
+    return ", ".join(prefix + name for name in (_SECTIONS[section] if section else Recipe).model_fields)
+
+
+def _explain(error: ValidationError) -> str:
+    """pydantic's findings as one message: a line each, naming the field, what is wrong with it, and what was found."""
+    lines = []
+    for found in error.errors(include_url=False):
+        name = ".".join(str(part) for part in found["loc"])
+        if found["type"] == "extra_forbidden":
+            section = name.rpartition(".")[0]
+            known = _fields_of(section if section in _SECTIONS else "")
+            lines.append(f"unknown recipe field {name!r}. Known: {known}.{did_you_mean(name, known.split(', '))}")
+        elif found["type"] == "missing":
+            lines.append(f"the recipe field {name!r} is missing and has no default")
+        else:
+            message = found["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            lines.append(f"recipe field {name!r}: {message} (found {found['input']!r})")
+    return "\n".join(lines)

@@ -1,0 +1,178 @@
+"""What a run tells: events while it runs, report.json and a model card when it is done, and `inspect` of any checkpoint."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import BaseModel, ConfigDict
+
+from bitlathe.errors import CheckpointError
+from bitlathe.io.checkpoint import Checkpoint, TensorInfo
+from bitlathe.io.sizes import human
+from bitlathe.model.source import config_dtype, open_model
+from bitlathe.numerics.scheme import name_of
+from bitlathe.plan import Plan
+
+REPORT = "report.json"
+CARD = "README.md"
+
+
+class BlockReport(BaseModel):
+    """One finished block: a line of progress.jsonl.
+
+    block: 0-based. linears: how many were quantized. loss_before, loss_after: mean squared error of the block's output,
+    rounded to nearest and as tuned; None where no text was used. seconds: wall clock. peak_ram, peak_vram: bytes, the highest
+    of the process so far. resumed: taken over from an earlier run instead of tuned.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    block: int
+    blocks: int
+    name: str
+    linears: int
+    loss_before: float | None
+    loss_after: float | None
+    seconds: float
+    peak_ram: int
+    peak_vram: int
+    resumed: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the tuning of the current block is."""
+
+    block: int
+    blocks: int
+    step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something the user should know: what was decided for them, or what was left alone."""
+
+    text: str
+
+
+Event = BlockReport | Step | Note
+Listener = Callable[[Event], None]
+
+
+def peak_memory() -> tuple[int, int]:
+    """Highest resident memory of this process and highest memory allocated on the GPU so far, in bytes."""
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return ram, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def sizes_of(header: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, int]], quantized: Container[str]) -> dict[str, Any]:
+    """Bytes and bits as a checkpoint's files hold them, from their header alone.
+
+    shapes: linear -> (outputs, inputs). Returns {"bytes": of all tensors, "linears": {linear: bytes stored for its weight},
+    "bits_quantized", "bits_linears", "bits_checkpoint": average bits per weight of the quantized linears, of all linears, and per
+    parameter of the whole checkpoint}. A tied head stores nothing of its own and is left out.
+    """
+    owner = {name: name.rpartition(".")[0] for name in header}
+    of_weights = {name for name in header if owner[name] in shapes and not name.endswith(".bias")}
+    stored = dict.fromkeys((name for name in shapes if name in owner.values()), 0)
+    for name in of_weights:
+        stored[owner[name]] += header[name].nbytes
+    total = sum(info.nbytes for info in header.values())
+    weights = {name: prod(shapes[name]) for name in stored}
+    others = sum(prod(info.shape) for name, info in header.items() if name not in of_weights)
+    coded = [name for name in stored if name in quantized]
+    return {
+        "bytes": total,
+        "linears": stored,
+        "bits_quantized": _ratio(8 * sum(stored[name] for name in coded), sum(weights[name] for name in coded)),
+        "bits_linears": _ratio(8 * sum(stored.values()), sum(weights.values())),
+        "bits_checkpoint": _ratio(8 * total, sum(weights.values()) + others),
+    }
+
+
+def _ratio(bits: int, numbers: int) -> float | None:
+    return bits / numbers if numbers else None
+
+
+def read_report(folder: Path | str) -> dict[str, Any]:
+    """report.json of a finished result. Raises CheckpointError if the folder has none of ours."""
+    path = Path(folder) / REPORT
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} has no report.json of a finished run ({error})") from error
+    if report.get("tool") != "bitlathe":
+        raise CheckpointError(f"{path} was not written by bitlathe")
+    return report
+
+
+def card(report: Mapping[str, Any]) -> str:
+    """The model card: how the checkpoint was made, how to load it, and what was measured."""
+    loader = Environment(loader=PackageLoader("bitlathe", "data"), undefined=StrictUndefined, trim_blocks=True, autoescape=False)
+    return loader.get_template("card.md.jinja").render(report=report, human=human)
+
+
+def as_json(data: Any) -> bytes:
+    """JSON as it is written to files."""
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def inspect(folder: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds, original or quantized, from its headers alone.
+
+    Returns {"model", "format", "dtype", "linears": [{"name", "scheme", "shape", "bits", "bytes", "kept"}], "quantized": how many
+    of them, "bytes", "bits_quantized", "bits_linears", "bits_checkpoint"}; bits are per weight as the file holds them; scheme is
+    None and kept the reason for a linear in 16 bits. Raises CheckpointError or UnsupportedModel.
+    """
+    checkpoint = Checkpoint(folder)
+    skeleton, weights = open_model(checkpoint, device=torch.device("cpu"))
+    report = read_report(checkpoint.path) if (checkpoint.path / REPORT).is_file() else {}
+    plan = Plan(**report["plan"]) if report else weights.plan
+    schemes = {} if plan is None else plan.quantized
+    sizes = sizes_of(checkpoint.header, skeleton.linears, schemes)
+    stored = sizes.pop("linears")
+    kept = report.get("kept", {})
+    unknown = "the model is not quantized" if plan is None else "not in the plan"
+    rows = [
+        {
+            "name": name,
+            "scheme": name_of(schemes[name]) if name in schemes else None,
+            "shape": list(shape),
+            "bits": 8 * stored[name] / prod(shape) if name in stored else None,
+            "bytes": stored.get(name, 0),
+            "kept": None if name in schemes else kept.get(name, unknown),
+        }
+        for name, shape in skeleton.linears.items()
+    ]
+    return {
+        "model": str(folder),
+        "format": report.get("format") or (weights.format.name if weights.format else "float"),
+        "dtype": config_dtype(checkpoint.config),
+        "linears": rows,
+        "quantized": len(schemes),
+        **sizes,
+    }
+
+
+def record_evaluation(folder: str | Path, found: Mapping[str, Any]) -> bool:
+    """Write what was measured into report.json and the model card of a result of ours; False for any other folder."""
+    path = Path(folder)
+    if not (path / REPORT).is_file():
+        return False
+    report = read_report(path) | {"evaluation": dict(found)}
+    replace_file(path / REPORT, as_json(report))
+    replace_file(path / CARD, card(report).encode())
+    return True

@@ -1,0 +1,60 @@
+"""The end of a run: what goes beside the shards, and where it all lands."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bitlathe.formats.base import Format
+from bitlathe.io.checkpoint import CONFIG
+from bitlathe.io.writer import Writer
+from bitlathe.prepare import CODES, Prepared
+from bitlathe.report import CARD, REPORT, as_json, card
+from bitlathe.version import VERSION
+
+# The names of dtypes in config.json.
+_LONG = {"bf16": "bfloat16", "fp16": "float16"}
+_VERSIONS = ("torch", "transformers", "safetensors", "compressed-tensors")
+
+
+def finish(ready: Prepared, writer: Writer, *, seconds: float) -> None:
+    """Give every format its files and move everything to its place."""
+    single = len(ready.formats) == 1
+    destinations: dict[str, tuple[Path | None, dict[str, bytes]]] = {CODES: (None, {})}
+    for name, format in ready.formats.items():
+        folder = ready.recipe.out if single else ready.recipe.out / name
+        destinations[name] = (folder, _files(ready, writer, name, format, seconds=seconds))
+    writer.finish(destinations)
+
+
+def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, seconds: float) -> dict[str, bytes]:
+    """The small files of one result by name."""
+    checkpoint = ready.weights.checkpoint
+    config: dict[str, Any] = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "dtype")}
+    config["dtype"] = _LONG[ready.plan.dtype]
+    quantization = format.config(ready.plan)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    report = {
+        "tool": "bitlathe",
+        "version": VERSION,
+        "format": name,
+        "fingerprint": ready.fingerprint(),
+        "recipe": ready.recipe.model_dump(mode="json"),
+        "kept": ready.kept,
+        "notes": list(ready.notes),
+        "versions": {package: version(package) for package in _VERSIONS},
+        "blocks": [writer.done[shard]["report"] for shard in sorted(writer.done)],
+        "seconds": seconds,
+        "evaluation": None,
+    }
+    beside = {path.name: path.read_bytes() for path in checkpoint.companions()}
+    plan = json.loads(ready.plan.model_dump_json())
+    return beside | {
+        CONFIG: as_json(config),
+        "plan.json": as_json(plan),
+        REPORT: as_json(report | {"plan": plan}),
+        CARD: card(report).encode(),
+    }

@@ -1,0 +1,67 @@
+"""Round to nearest, on the plain range or on one searched to lose least where activations are large."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from bitlathe.formats.base import QuantLayer
+from bitlathe.model.block import Block
+from bitlathe.model.hidden import Hidden
+from bitlathe.model.walk import Step
+from bitlathe.numerics.project import quantize, search
+from bitlathe.numerics.scheme import Scheme
+from bitlathe.tune.base import Listen, Moments, Tuned, block_error
+from bitlathe.tune.options import TuneOptions
+
+# Sequences on which the error before and after is measured.
+_PROBE = 8
+
+
+class Rtn:
+    """Round to nearest.
+
+    searched: choose every block's range by the error of its weights weighted with E[x^2] of the input channels (the
+    "importance matrix" of llama.cpp); otherwise the range is the weights' own and no text is needed.
+    """
+
+    def __init__(self, *, searched: bool, batch_size: int) -> None:
+        self.searched, self.batch_size = searched, batch_size
+        self.streams = 1 if searched else 0
+
+    @classmethod
+    def of(cls, options: TuneOptions) -> Rtn:
+        """The tuner that a recipe's options ask for."""
+        return cls(searched=options.search, batch_size=options.batch_size)
+
+    def tune(self, step: Step, schemes: Mapping[str, Scheme], listen: Listen) -> Tuned:
+        """See `Tuner.tune`."""
+        block, inputs = step.block, step.inputs
+        peaks = block.peaks(schemes)
+        weights = {name: block.weight(name) for name in schemes}
+        plain = {name: QuantLayer(quantize(weights[name], scheme, peak=peaks[name])) for name, scheme in schemes.items()}
+        if inputs is None:
+            return Tuned(plain)
+        moments = _moments(block, inputs, schemes, batch_size=self.batch_size)
+        batches = inputs.batches(min(self.batch_size, _PROBE))[:1]
+        with torch.no_grad():
+            targets = [block(inputs[batch]) for batch in batches]
+        layers = {}
+        for number, (name, scheme) in enumerate(schemes.items()):
+            found = search(weights[name], scheme, moments.mean(name), peak=peaks[name])
+            layers[name] = QuantLayer(quantize(weights[name], scheme, found, peak=peaks[name]))
+            listen(number + 1, len(schemes), 0.0)
+        block.freeze(plain)
+        before = block_error(block, inputs, targets, batches=batches)
+        block.freeze(layers)
+        return Tuned(layers, before, block_error(block, inputs, targets, batches=batches))
+
+
+@torch.no_grad()
+def _moments(block: Block, inputs: Hidden, schemes: Mapping[str, Scheme], *, batch_size: int) -> Moments:
+    moments = Moments()
+    with block.watch(schemes, moments.see):
+        for batch in inputs.batches(batch_size):
+            block(inputs[batch])
+    return moments

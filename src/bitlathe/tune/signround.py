@@ -1,0 +1,113 @@
+"""SignRound: learn which way each weight is rounded, and each block's range, by the sign of the gradient.
+
+Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs", arXiv:2309.05516. Offsets
+start at 0 and ranges at 1; the step size falls linearly from `lr` to 0; the loss is the mean squared error of the block's
+output on the inputs it will really receive against the original block's output on the original inputs.
+
+The original keeps the state with the lowest loss of one minibatch, which is luck as much as merit. Here a few sequences are
+held out, and the state that is best on them is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bitlathe.formats.base import QuantLayer
+from bitlathe.model.block import Block
+from bitlathe.model.hidden import Hidden
+from bitlathe.model.layers import TunedLinear
+from bitlathe.model.walk import Step
+from bitlathe.numerics.project import Learned, quantize
+from bitlathe.numerics.scheme import Scheme
+from bitlathe.tune.base import Listen, Tuned, block_error
+from bitlathe.tune.options import SignRoundOptions, TuneOptions
+
+
+class SignRound:
+    """Signed gradient descent on rounding offsets and ranges: `iters` steps of `batch_size` sequences for each block."""
+
+    streams = 2
+
+    def __init__(self, *, iters: int, batch_size: int, seed: int, options: SignRoundOptions) -> None:
+        self.iters, self.batch_size, self.seed, self.options = iters, batch_size, seed, options
+
+    @classmethod
+    def of(cls, options: TuneOptions) -> SignRound:
+        """The tuner that a recipe's options ask for."""
+        return cls(iters=options.iters, batch_size=options.batch_size, seed=options.seed, options=options.signround)
+
+    def tune(self, step: Step, schemes: Mapping[str, Scheme], listen: Listen) -> Tuned:
+        """See `Tuner.tune`."""
+        block, inputs, targets = step.block, step.inputs, step.targets
+        assert inputs is not None and targets is not None
+        peaks = block.peaks(schemes)
+        weights = {name: block.weight(name) for name in schemes}
+        tuned = {
+            name: TunedLinear(block.linear(name), scheme, start_of(weights[name], scheme), peak=peaks[name], dtype=block.dtype)
+            for name, scheme in schemes.items()
+        }
+        block.swap(tuned)
+        before, after = self._descend(block, list(tuned.values()), inputs, targets, listen)
+        layers = {
+            name: QuantLayer(quantize(weights[name], scheme, tuned[name].learned, peak=peaks[name]))
+            for name, scheme in schemes.items()
+        }
+        return Tuned(layers, before, after)
+
+    def _descend(
+        self, block: Block, tuned: list[TunedLinear], inputs: Hidden, targets: Hidden, listen: Listen
+    ) -> tuple[float, float]:
+        """Leave the best state in `tuned`; its error, and the error of the state it started from, on the held-out sequences."""
+        held, draws = self._split(len(inputs), block.index)
+        bounded = [row for linear in tuned for row in linear.bounded()]
+        parameters = [parameter for parameter, _, _ in bounded]
+        forward = torch.compile(block) if self.options.compile else block
+        lr = self.options.lr or 1.0 / max(self.iters, 1)
+        best = before = block_error(block, inputs, targets, batches=held)
+        state = [parameter.detach().clone() for parameter in parameters]
+        for iteration in range(self.iters):
+            batch = next(draws)
+            output = forward(inputs[batch])
+            loss = nn.functional.mse_loss(output.float(), targets[batch].float())
+            gradients = torch.autograd.grad(loss, parameters)
+            _step(bounded, gradients, lr=lr * (1 - iteration / self.iters))
+            if (iteration + 1) % self.options.check_every == 0 or iteration + 1 == self.iters:
+                error = block_error(block, inputs, targets, batches=held)
+                listen(iteration + 1, self.iters, error)
+                if error < best:
+                    best, state = error, [parameter.detach().clone() for parameter in parameters]
+        for parameter, kept in zip(parameters, state, strict=True):
+            parameter.data.copy_(kept)
+        return before, best
+
+    def _split(self, sequences: int, block: int) -> tuple[list[slice], Iterator[Tensor]]:
+        """Held-out batches, and batches to learn from: every sequence once in a random order, then again in another."""
+        held = min(self.options.held_out, sequences // 4)
+        kept = [slice(0, max(held, 1))]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
+        size = min(self.batch_size, sequences - held)
+
+        def draws() -> Iterator[Tensor]:
+            while True:
+                order = torch.randperm(sequences - held, generator=generator) + held
+                yield from (chunk for chunk in order.split(size) if len(chunk) == size)
+
+        return kept, draws()
+
+
+def start_of(weight: Tensor, scheme: Scheme) -> Learned:
+    """Offsets at 0 and the whole range: where the descent starts."""
+    blocks = scheme.blocks((weight.shape[0], weight.shape[1]))
+    ones = torch.ones(blocks, device=weight.device)
+    return Learned(
+        offset=torch.zeros_like(weight, dtype=torch.float32), low=ones.clone() if scheme.asymmetric else None, high=ones
+    )
+
+
+@torch.no_grad()
+def _step(bounded: list[tuple[nn.Parameter, float, float]], gradients: tuple[Tensor, ...], *, lr: float) -> None:
+    for (parameter, low, high), gradient in zip(bounded, gradients, strict=True):
+        parameter.sub_(gradient.sign_(), alpha=lr).clamp_(low, high)
