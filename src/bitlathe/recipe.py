@@ -37,13 +37,13 @@ from bitlathe.numerics.scheme import canonical_name
 from bitlathe.plan import KEEP
 from bitlathe.registry import canonical, did_you_mean
 from bitlathe.tune import TUNERS
-from bitlathe.tune.options import SignRoundOptions, TuneOptions, TuneOptions
+from bitlathe.tune.options import SignRoundOptions, TuneOptions
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 class Memory(BaseModel):
-    """Budgets in bytes; texts such as "4GiB" are understood. activations: hidden states beyond it lie in a file beside `out`."""
+    """Budgets in bytes; texts such as "4GiB" are understood. activations: hidden states beyond it lie in a file in `out`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -158,10 +158,6 @@ class Recipe(BaseModel):
     def tuning(self) -> TuneOptions:
         """What a tuner may know of the recipe."""
         return TuneOptions(**{name: getattr(self, name) for name in TuneOptions.model_fields})
-
-    def tuning(self) -> TuneOptions:
-        """The part of the recipe that tuners take."""
-        return TuneOptions(**{name: value for name, value in self if name in TuneOptions.model_fields})
 
     def settings(self) -> dict[str, Any]:
         """The fields that can change the numbers or the files of the result, as plain values.
