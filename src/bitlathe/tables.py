@@ -1,0 +1,148 @@
+"""What commands print: tables for people, on standard output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from bitlathe.io.sizes import human
+from bitlathe.numerics.scheme import Scheme
+
+# A matrix large enough that what is per tensor does not show in its average.
+_TYPICAL = (4096, 4096)
+# Linears kept for the same reason are told in one line; so many of their names are shown.
+_SHOWN = 3
+
+_FIGURES: dict[str, str] = {
+    "perplexity": "perplexity",
+    "perplexity_against": "perplexity of the original",
+    "kl_mean": "KL divergence, mean (nats a token)",
+    "kl_median": "KL divergence, median",
+    "kl_99": "KL divergence, 99%",
+    "kl_max": "KL divergence, largest",
+    "top1_agreement": "top-1 agreement",
+}
+
+
+def show_summary(results: Sequence[Mapping[str, Any]], *, seconds: float) -> None:
+    """The end of a run. results: what `bitlathe.inspect` returns for each format's folder, at least one."""
+    console = _console()
+    first = results[0]
+    console.print(f"Quantized {first['quantized']} of {len(first['linears'])} linears in {duration(seconds)}.")
+    _print_kept(console, first)
+    for result in results:
+        console.print(
+            f"{result['format']}: {human(result['bytes'])} in {result['model']}, {_bits(result['bits_quantized'])} bits a "
+            f"quantized weight and {_bits(result['bits_linears'])} over all linears, as the file holds them"
+        )
+    console.print(f"Load it:    import bitlathe; model = bitlathe.load({first['model']!r})")
+    console.print(f"Measure it: bitlathe eval {first['model']} --against MODEL")
+
+
+def show_evaluation(result: Mapping[str, Any]) -> None:
+    """The figures of `bitlathe.evaluate`, each with its standard error."""
+    against = f" against {result['against']}" if "against" in result else ""
+    table = Table(
+        "", *_right("value", "standard error"),
+        title=f"{result['model']}{against}: {result['windows']} windows of {result['seqlen']} tokens of {result['text']}",
+    )  # fmt: skip
+    for name, words in _FIGURES.items():
+        if name in result:
+            table.add_row(words, *_figure(result[name]))
+    _console().print(table)
+
+
+def show_inspection(result: Mapping[str, Any]) -> None:
+    """Every linear of what `bitlathe.inspect` returns, then the averages."""
+    table = Table(
+        "linear",
+        "scheme",
+        *_right("shape", "bits", "bytes"),
+        title=f"{result['model']} ({result['format']}, {result['dtype']})",
+    )
+    for row in result["linears"]:
+        scheme = row["scheme"] or "kept"
+        table.add_row(row["name"], scheme, "x".join(map(str, row["shape"])), _bits(row["bits"]), f"{row['bytes']:,}")
+    console = _console()
+    console.print(table)
+    console.print(
+        f"{human(result['bytes'])} in all. Average bits as the file holds them: {_bits(result['bits_quantized'])} of quantized "
+        f"weights, {_bits(result['bits_linears'])} of all linears, {_bits(result['bits_checkpoint'])} of the whole checkpoint."
+    )
+    _print_kept(console, result)
+
+
+def show_schemes(schemes: Mapping[str, Scheme]) -> None:
+    """Every scheme with the bits a weight takes in a large matrix."""
+    table = Table("scheme", "codes", "one scale for", *_right("bits a weight"), title="Case and - or _ do not matter")
+    for name, scheme in schemes.items():
+        kind = f"{scheme.grid}{' with zero point' if scheme.asymmetric else ''}"
+        bits = scheme.bits(_TYPICAL) / (_TYPICAL[0] * _TYPICAL[1])
+        table.add_row(name, kind, _block(scheme), f"{bits:.3f}")
+    _console().print(table)
+
+
+def show_names(kind: str, names: Mapping[str, str]) -> None:
+    """Names and what each means."""
+    table = Table(kind, "") if any(names.values()) else Table(kind)
+    for name, meaning in names.items():
+        table.add_row(name, *([meaning] if meaning else []))
+    _console().print(table)
+
+
+def show_demo(result: Mapping[str, Any]) -> None:
+    """Original and quantized model side by side. result: what `bitlathe.demo.demo` returns."""
+    original, quantized, found = result["original"], result["quantized"], result["evaluation"]
+    table = Table("", *_right("original", result["scheme"]), title="The bundled model, reloaded in a new process")
+    table.add_row("size", human(original["bytes"]), human(quantized["bytes"]))
+    table.add_row("perplexity", *(" ± ".join(_figure(found[name])) for name in ("perplexity_against", "perplexity")))
+    table.add_row("KL divergence (nats a token)", "0", " ± ".join(_figure(found["kl_mean"])))
+    table.add_row("top-1 agreement", "1", " ± ".join(_figure(found["top1_agreement"])))
+    console = _console()
+    console.print(table)
+    console.print(f"original:  {original['text']}", markup=False)
+    console.print(f"quantized: {quantized['text']}", markup=False)
+
+
+def duration(seconds: float) -> str:
+    """7.25 as "7.3 s", 75 as "1 min 15 s", 7500 as "2 h 5 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _right(*names: str) -> list[Column]:
+    return [Column(name, justify="right") for name in names]
+
+
+def _figure(figure: Mapping[str, float | None]) -> tuple[str, str]:
+    return f"{figure['value']:.5g}", "-" if figure["error"] is None else f"{figure['error']:.2g}"
+
+
+def _bits(bits: float | None) -> str:
+    return "-" if bits is None else f"{bits:.2f}"
+
+
+def _block(scheme: Scheme) -> str:
+    rows, columns = scheme.block
+    whole = {(0, 0): "the tensor", (1, 0): "a row"}
+    return whole.get((rows, columns), f"{columns} inputs" if rows == 1 else f"{rows} x {columns} weights")
+
+
+def _print_kept(console: Console, result: Mapping[str, Any]) -> None:
+    """One line a reason, with a few of the linears it concerns."""
+    reasons: dict[str, list[str]] = {}
+    for row in result["linears"]:
+        if row["scheme"] is None:
+            reasons.setdefault(row["kept"], []).append(row["name"])
+    for reason, names in reasons.items():
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        console.print(f"Kept in 16 bits: {', '.join(names[:_SHOWN])}{more} ({reason})", markup=False)
