@@ -6,7 +6,7 @@
     OUT/.bitlathe/STREAM/          the finished shards of one output, such as a format
     OUT/.bitlathe/finish.json      written when all shards are done: which stream goes where, and the names of its files
     OUT/.bitlathe/discard.json     written by a restart: the files of the earlier result that are to go
-    OUT/.bitlathe/scratch/         for the run's temporary files; emptied on entry
+    OUT/.bitlathe/work/            for the run's temporary files; emptied on entry
 
 Every step is a rename or an append, and each is ordered so that a kill between any two leaves a state from which the same
 command goes on to the same bytes. `finish` moves the shards into place and writes config.json last, so that no reader takes
@@ -52,7 +52,7 @@ class Writer:
     ResumeError when it holds a run with another fingerprint. Afterwards:
 
     done: the records of the finished shards. finished: the result is already there and whole; nothing is left to do.
-    scratch: a folder for temporary files, which goes when the run ends.
+    work: a folder for temporary files, which goes when the run ends.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Writer:
         self.fingerprint = dict(fingerprint)
         self.done: dict[int, dict[str, Any]] = {}
         self.finished = False
-        self.scratch = self.out / STATE / "scratch"
+        self.work = self.out / STATE / "work"
         self._state = self.out / STATE
         self._restart = restart
         self._lock = FileLock(self._state / "lock", timeout=0, thread_local=False)
@@ -195,8 +195,8 @@ class Writer:
                 (self._state / stream).mkdir()
             (self._state / "journal.jsonl").touch()
             self._write(self._state / "fingerprint", _json(self._identity()))
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir()
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
 
     def _resume(self) -> None:
         found = json.loads((self._state / "fingerprint").read_bytes())
