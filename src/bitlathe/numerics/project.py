@@ -77,15 +77,21 @@ class _Scales:
     zero: Tensor | None
 
 
+@dataclass(frozen=True)
+class _Target:
+    scheme: Scheme
+    dtype: torch.dtype
+
+
 class _Straight(Function):
     """`rounded` forward; backward, as if it were `exact`."""
 
     @staticmethod
-    def forward(ctx: Any, exact: Tensor, rounded: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, exact: Tensor, rounded: Tensor) -> Tensor:
         return rounded.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 
@@ -104,7 +110,8 @@ def _cut(x: Tensor, scheme: Scheme) -> Tensor:
 
 def _join(blocks: Tensor, shape: tuple[int, int]) -> Tensor:
     """The inverse of `_cut`."""
-    return blocks.reshape(-1, shape[1])[: shape[0]]
+    joined = blocks.reshape(-1, shape[1])
+    return joined if joined.shape[0] == shape[0] else joined[: shape[0]]
 
 
 def _spread(x: Tensor) -> Tensor:
@@ -113,9 +120,6 @@ def _spread(x: Tensor) -> Tensor:
 
 def _ends(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each block, [block rows, block columns]."""
-    if blocks.shape[1] == 1:
-        low, high = torch.aminmax(blocks[:, 0], dim=-1)
-        return low, high
     return blocks.amin(dim=(1, 3)), blocks.amax(dim=(1, 3))
 
 
@@ -212,41 +216,46 @@ def _cast(x: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
 
 
 class _Project(Function):
-    """scale * _round(blocks, ...), with the gradient in offset, scale and zero, straight through the rounding."""
+    """_round(blocks, ...) * scale, with the gradient in offset, scale and zero, straight through the rounding.
+
+    One function with its own backward, because the tuning loop lives in it: a dozen passes over the weight in all. No pass
+    mixes dtypes (not even with booleans), and few allocate: either costs a CPU more than the arithmetic.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        blocks: Tensor,
-        offset: Tensor | None,
-        scale: Tensor,
-        zero: Tensor | None,
-        scheme: Scheme,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        landed, exact, spacing = _round(blocks, scale, scheme, zero=zero, offset=offset)
+    def forward(ctx: Any, blocks: Tensor, offset: Tensor | None, scale: Tensor, zero: Tensor | None, to: _Target) -> Tensor:
+        landed, exact, spacing = _round(blocks, scale, to.scheme, zero=zero, offset=offset)
         if any(ctx.needs_input_grad):
-            low, high = limits(GRIDS[scheme.grid])
-            inside = exact == landed if GRIDS[scheme.grid].kind == "int" else (exact >= low) & (exact <= high)
-            ctx.save_for_backward(blocks, scale, landed, inside, spacing)
-        return _cast(landed * scale, scheme, dtype)
+            grid = GRIDS[to.scheme.grid]
+            inside = exact.eq_(landed if grid.kind == "int" else exact.clamp(*limits(grid)))
+            ctx.save_for_backward(blocks, scale, landed.mul_(scale), inside, spacing)
+        else:
+            landed.mul_(scale)
+        return _cast(landed, to.scheme, to.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        blocks, scale, landed, inside, spacing = ctx.saved_tensors
-        _, wants_offset, wants_scale, wants_zero, *_ = ctx.needs_input_grad
-        grad = grads[0]
-        through = (grad * scale).mul_(inside)
+        blocks, scale, value, inside, spacing = ctx.saved_tensors
+        _, wants_offset, wants_scale, wants_zero, _ = ctx.needs_input_grad
+        grad = grads[0].float()
+        through = grad * scale
         of_scale = of_zero = of_offset = None
-        if wants_scale:
-            # Landed follows w / scale inside, and stays outside. Divided twice: a tiny scale squared would be zero.
-            of_scale = (grad * landed).sum((1, 3), keepdim=True) - (through * blocks).sum((1, 3), keepdim=True) / scale / scale
         if wants_zero:
-            # Outside, landed is a bound less the zero point.
-            of_zero = through.sum((1, 3), keepdim=True) - grad.float().sum((1, 3), keepdim=True) * scale
+            # Where something was cut off, the number landed on is a bound less the zero point.
+            of_zero = -_sum(through)
+        through.mul_(inside)
+        if of_zero is not None:
+            of_zero += _sum(through)
+        if wants_scale:
+            # d(scale * landed): landed less blocks / scale where that was rounded, all of landed where it was cut off.
+            of_scale = _sum(torch.addcmul(value, inside, blocks, value=-1).mul_(grad)) / scale
         if wants_offset:
             of_offset = through if spacing is None else through.mul_(spacing)
-        return None, of_offset, of_scale, of_zero, None, None
+        return None, of_offset, of_scale, of_zero, None
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum((1, 3), keepdim=True)
 
 
 def fake_quantize(
@@ -265,7 +274,7 @@ def fake_quantize(
     scales = _scales(_ends(blocks), scheme, learned, peak)
     offset = None if learned.offset is None else _cut(learned.offset, scheme)
     zero = None if scales.zero is None else _spread(scales.zero)
-    out: Any = _Project.apply(blocks, offset, _spread(scales.value), zero, scheme, dtype)
+    out: Any = _Project.apply(blocks, offset, _spread(scales.value), zero, _Target(scheme, dtype))
     return _join(out, (w.shape[0], w.shape[1]))
 
 
