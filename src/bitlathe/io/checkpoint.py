@@ -133,7 +133,7 @@ class Checkpoint:
         if missing:
             raise CheckpointError(
                 f"{self.path} lacks {len(missing)} of the {len(shapes)} tensors that its {CONFIG} calls for: {_some(missing)}. "
-                f"Download it again, or take the {CONFIG} that belongs to these weights."
+                f"Download it again, or take the {CONFIG} that belongs to these weights"
             )
         wrong = [name for name, shape in shapes.items() if self.header[name].shape != tuple(shape)]
         if wrong:
@@ -141,7 +141,7 @@ class Checkpoint:
             more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
             raise CheckpointError(
                 f"{self.path} holds tensors of other shapes than its {CONFIG} calls for: {'; '.join(told)}{more}. "
-                f"Take the {CONFIG} that belongs to these weights."
+                f"Take the {CONFIG} that belongs to these weights"
             )
         return [name for name in self.header if name not in shapes]
 
@@ -174,12 +174,12 @@ def find_folder(source: str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(f"{source} is a file; give the folder that holds {CONFIG} and the *.safetensors files.")
+        raise CheckpointError(f"{source} is a file; give the folder that holds {CONFIG} and the *.safetensors files")
     hub = HUB_ID.fullmatch(source)
     if hub is None:
         raise CheckpointError(
             f"There is no folder {source}. Give a folder that exists, a Hub id such as org/name, or {BUILTIN} for the bundled "
-            f"model."
+            f"model"
         )
     try:
         folder = snapshot_download(
@@ -192,7 +192,7 @@ def find_folder(source: str) -> Path:
     except (HTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"There is no folder {source} here, and the Hub did not give a model of that name ({_first_line(error)}). Either "
-            f"give a local folder, or check the name, the network and, for a gated model, the login (hf auth login)."
+            f"give a local folder, or check the name, the network and, for a gated model, the login (hf auth login)"
         ) from error
     return Path(folder)
 
@@ -208,9 +208,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         start = opened.read(8)
         length = int.from_bytes(start, "little")
         if start.startswith(b"version"):
-            raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder.")
+            raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
         if size >= 8 and length > LONGEST_HEADER:
-            raise CheckpointError(f"{file} is not a safetensors file: its header would be {length} bytes long.")
+            raise CheckpointError(f"{file} is not a safetensors file: its header would be {length} bytes long")
         if size < 8 + length:
             raise _truncated(file, 8 + length - size if size >= 8 else 8 - size)
         text = opened.read(length)
@@ -220,7 +220,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     end = 8 + length
     for name, info in sorted(header.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset < end and info.nbytes:
-            raise CheckpointError(f"{file} is damaged: tensor {name} overlaps the one before it. Download the file again.")
+            raise CheckpointError(f"{file} is damaged: tensor {name} overlaps the one before it. Download the file again")
         end = max(end, info.offset + info.nbytes)
     if size < end:
         raise _truncated(file, end - size)
@@ -233,12 +233,12 @@ def _tensor_info(name: str, row: Any, file: Path, base: int) -> TensorInfo:
         elements = prod(shape)
         sound = min((*shape, first, last - first)) >= 0
     except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged: its header does not say where tensor {name} lies.") from error
+        raise CheckpointError(f"{file} is damaged: its header does not say where tensor {name} lies") from error
     if dtype not in DTYPES:
-        raise CheckpointError(f"{file}: tensor {name} has dtype {dtype}, which is not read; known are {', '.join(DTYPES)}.")
+        raise CheckpointError(f"{file}: tensor {name} has dtype {dtype}, which is not read; known are {', '.join(DTYPES)}")
     if not sound or last - first != elements * DTYPES[dtype].itemsize:
         raise CheckpointError(
-            f"{file} is damaged: tensor {name} of dtype {dtype} and shape {list(shape)} is given {last - first} bytes."
+            f"{file} is damaged: tensor {name} of dtype {dtype} and shape {list(shape)} is given {last - first} bytes"
         )
     return TensorInfo(dtype, shape, file, base + first, last - first)
 
@@ -252,17 +252,17 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
             if name in header:
                 raise CheckpointError(
                     f"{folder}: tensor {name} is in both {header[name].file.name} and {file.name}; remove the file that does "
-                    f"not belong to this model."
+                    f"not belong to this model"
                 )
             header[name] = info
     astray = [name for name, file in index.items() if name not in header or header[name].file.name != file]
     if astray:
         raise CheckpointError(
             f"{folder / INDEX} names tensors that are not in the file it gives for them: {_some(astray)}. "
-            f"Download the folder again."
+            f"Download the folder again"
         )
     if not header:
-        raise CheckpointError(f"{folder}: the safetensors files hold no tensor.")
+        raise CheckpointError(f"{folder}: the safetensors files hold no tensor")
     return header
 
 
@@ -272,13 +272,13 @@ def _read_index(folder: Path) -> dict[str, str]:
         return {}
     table = _read_json(folder, INDEX).get("weight_map")
     if not isinstance(table, dict) or not table:
-        raise CheckpointError(f"{folder / INDEX} has no weight_map; download it again.")
+        raise CheckpointError(f"{folder / INDEX} has no weight_map; download it again")
     strange = [str(file) for file in table.values() if not isinstance(file, str) or Path(file).name != file]
     if strange:
-        raise CheckpointError(f"{folder / INDEX} points outside its folder: {_some(strange)}.")
+        raise CheckpointError(f"{folder / INDEX} points outside its folder: {_some(strange)}")
     absent = sorted({file for file in table.values() if not (folder / file).is_file()})
     if absent:
-        raise CheckpointError(f"{folder} lacks files that its index names: {_some(absent)}. Download the folder again.")
+        raise CheckpointError(f"{folder} lacks files that its index names: {_some(absent)}. Download the folder again")
     return table
 
 
@@ -292,9 +292,7 @@ def _weight_files(folder: Path, index: Mapping[str, str]) -> list[Path]:
     for stem, _, count in (match.groups() for match in map(NUMBERED.fullmatch, sorted(names)) if match):
         absent = [name for i in range(int(count)) if (name := f"{stem}-{i + 1:05d}-of-{count}.safetensors") not in names]
         if absent:
-            raise CheckpointError(
-                f"{folder} lacks {len(absent)} of its {int(count)} files: {_some(absent)}. Download it again."
-            )
+            raise CheckpointError(f"{folder} lacks {len(absent)} of its {int(count)} files: {_some(absent)}. Download it again")
     if found:
         return found
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
@@ -302,18 +300,18 @@ def _weight_files(folder: Path, index: Mapping[str, str]) -> list[Path]:
         raise CheckpointError(
             f"{folder} holds only pickled weights ({_some(pickles or ['pytorch_model.bin'])}), which are not read: unpickling "
             f"can run any code. Take a revision of the model that has safetensors, or, if you trust it, load it with "
-            f"transformers and save it again: save_pretrained(folder, safe_serialization=True)."
+            f"transformers and save it again: save_pretrained(folder, safe_serialization=True)"
         )
-    raise CheckpointError(f"{folder} holds no *.safetensors file; a model needs {CONFIG} and its weights as safetensors.")
+    raise CheckpointError(f"{folder} holds no *.safetensors file; a model needs {CONFIG} and its weights as safetensors")
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         return _parse((folder / name).read_bytes(), folder / name)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no {name}; give the folder of a model as transformers saves it.") from error
+        raise CheckpointError(f"{folder} has no {name}; give the folder of a model as transformers saves it") from error
     except OSError as error:
-        raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}") from error
 
 
 def _parse(text: bytes, file: Path) -> dict[str, Any]:
@@ -324,15 +322,15 @@ def _parse(text: bytes, file: Path) -> dict[str, Any]:
         if len(table) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = sorted({key for key in keys if keys.count(key) > 1})
-            raise CheckpointError(f"{file} is damaged: it names {_some(twice)} more than once.")
+            raise CheckpointError(f"{file} is damaged: it names {_some(twice)} more than once")
         return table
 
     try:
         value = json.loads(text, object_pairs_hook=unique)
     except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: it is not JSON where it should be ({_first_line(error)}).") from error
+        raise CheckpointError(f"{file} is damaged: it is not JSON where it should be ({_first_line(error)})") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file} is damaged: a JSON object was expected, not {type(value).__name__}.")
+        raise CheckpointError(f"{file} is damaged: a JSON object was expected, not {type(value).__name__}")
     return value
 
 
@@ -380,7 +378,7 @@ def _open(file: Path) -> BufferedReader:
 
 
 def _truncated(file: Path, missing: int) -> CheckpointError:
-    return CheckpointError(f"{file} is truncated: its last {missing} bytes are missing. Download it again.")
+    return CheckpointError(f"{file} is truncated: its last {missing} bytes are missing. Download it again")
 
 
 def _some(names: list[str]) -> str:

@@ -34,6 +34,6 @@ def parse_size(text: str | int) -> int:
     """A size in bytes from "4GiB", "500MB", "1.5 GiB", "4G" (binary) or a plain number of bytes. Raises RecipeError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
     if match is None or match[2].lower() not in UNITS:
-        raise RecipeError(f"{text} is not a size; write a number and a unit, such as 4GiB, 500MB or 1073741824 (bytes).")
+        raise RecipeError(f"{text} is not a size; write a number and a unit, such as 4GiB, 500MB or 1073741824 (bytes)")
     whole, _, fraction = match[1].partition(".")
     return int(whole + fraction) * UNITS[match[2].lower()] // 10 ** len(fraction)

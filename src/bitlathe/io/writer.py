@@ -78,9 +78,9 @@ class Writer:
             try:
                 self._lock.acquire()
             except Timeout as error:
-                raise OutputError(f"Another run is writing to {self.out}; wait for it, or choose another folder.") from error
+                raise OutputError(f"Another run is writing to {self.out}; wait for it, or choose another folder") from error
             except NotImplementedError as error:
-                raise OutputError(f"The file system of {self.out} cannot lock files; choose a folder on another.") from error
+                raise OutputError(f"The file system of {self.out} cannot lock files; choose a folder on another") from error
         try:
             with self._disk():
                 self._open()
@@ -121,7 +121,7 @@ class Writer:
         try:
             return load_file(file)
         except (OSError, SafetensorError) as error:
-            raise OutputError(f"{file} was written by this run but cannot be read ({error}); use --restart.") from error
+            raise OutputError(f"{file} was written by this run but cannot be read ({error}); use --restart") from error
 
     def finish(self, results: Results) -> None:
         """Turn the finished shards into checkpoints; then the folder of the unfinished run goes.
@@ -207,7 +207,7 @@ class Writer:
         if other:
             raise ResumeError(
                 f"{self.out} holds an unfinished run ({len(records)} shards are done) that differs from this one in: {other}. "
-                f"Finish it with the command that began it, choose another folder, or throw it away with --restart."
+                f"Finish it with the command that began it, choose another folder, or throw it away with --restart"
             )
         os.truncate(self._state / "journal.jsonl", len(good))
         self._journal_end = len(good)
@@ -225,13 +225,13 @@ class Writer:
             if other:
                 raise ResumeError(
                     f"{folder} holds a finished result that differs from what is asked for in: {other}. Choose another folder, "
-                    f"or replace it with --restart."
+                    f"or replace it with --restart"
                 )
             absent = [str(folder / name) for name in report["files"] if not (folder / name).exists()]
             absent += [str(self.out / name) for name in report["folders"] if self.out / name not in reports]
             if absent:
                 raise ResumeError(
-                    f"{self.out} holds a finished result that lacks {', '.join(absent[:5])}; make it anew with --restart."
+                    f"{self.out} holds a finished result that lacks {', '.join(absent[:5])}; make it anew with --restart"
                 )
 
     def _earlier_files(self) -> list[str]:
@@ -299,7 +299,7 @@ class Writer:
             way = "Make room" if full else "Mend that"
             raise OutputError(
                 f"{what}. {len(self.done)} of {self.shards} shards are finished and safe. {way} and give the same command "
-                f"again: it continues from there."
+                f"again: it continues from there"
             ) from error
 
 
@@ -333,19 +333,19 @@ def require_room(folder: Path, nbytes: int) -> None:
     if free < nbytes:
         raise OutputError(
             f"The result needs {human(nbytes)}, but the disk of {folder} has {human(free)} free. Make room, or choose a folder "
-            f"on another disk."
+            f"on another disk"
         )
 
 
 def _refuse_foreign(out: Path) -> None:
     """Nothing is ever written into, or deleted from, a folder that holds somebody's files."""
     if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; choose a folder that does not exist yet.")
+        raise OutputError(f"{out} is a file; choose a folder that does not exist yet")
     entries = list(out.iterdir()) if out.exists() else []
     reports = _reports(out)
     ours = out / STATE in entries or out in reports or all(entry in reports for entry in entries)
     if not ours:
-        raise OutputError(f"{out} exists and holds files that are not a result of {TOOL}; choose a new or an empty folder.")
+        raise OutputError(f"{out} exists and holds files that are not a result of {TOOL}; choose a new or an empty folder")
 
 
 def _reports(out: Path) -> dict[Path, dict[str, Any]]:
