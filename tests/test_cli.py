@@ -1,0 +1,284 @@
+"""The command line: its options are frozen here, and what it passes on, prints and refuses is checked without a model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import bitlathe
+from bitlathe import cli, progress
+from bitlathe.errors import PlanError
+from bitlathe.numerics.scheme import SCHEMES
+from bitlathe.report import BlockReport, Note, Step
+from bitlathe.version import VERSION
+
+# The command line grows only together with this table.
+FROZEN = {
+    "quantize": [
+        "MODEL",
+        "--scheme",
+        "--out",
+        "--format",
+        "--tuner",
+        "--iters",
+        "--calib",
+        "--samples",
+        "--seqlen",
+        "--batch-size",
+        "--override",
+        "--recipe",
+        "--set",
+        "--device",
+        "--dtype",
+        "--seed",
+        "--restart",
+    ],
+    "eval": ["DIR", "--against", "--text", "--seqlen", "--windows", "--json"],
+    "inspect": ["DIR", "--json"],
+    "list": ["WHAT"],
+    "demo": ["--out"],
+}
+
+INSPECTED = {
+    "model": "out",
+    "format": "native",
+    "dtype": "bf16",
+    "linears": [
+        {"name": "a.q_proj", "scheme": "W4A16", "shape": [8, 128], "bits": 4.125, "bytes": 528, "kept": None},
+        {"name": "lm_head", "scheme": None, "shape": [8, 128], "bits": 16.0, "bytes": 2048, "kept": "the output head"},
+    ],
+    "quantized": 1,
+    "bytes": 2576,
+    "bits_quantized": 4.125,
+    "bits_linears": 10.0625,
+    "bits_checkpoint": 10.0625,
+}
+FIGURE = {"value": 0.25, "error": 0.03125}
+EVALUATED = {"model": "out", "against": "builtin", "text": "builtin", "windows": 3, "seqlen": 64} | dict.fromkeys(
+    ["perplexity", "perplexity_against", "kl_mean", "kl_median", "kl_99", "kl_max", "top1_agreement"], FIGURE
+)
+
+
+def invoke(*arguments: str) -> Any:
+    """Run the command line in this process."""
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """Public functions that only note what they were called with."""
+    calls: dict[str, dict[str, Any]] = {}
+
+    def stub(name: str, result: Any) -> None:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            calls[name] = {"args": args} | kwargs
+            return result
+
+        monkeypatch.setitem(vars(bitlathe), name, called)
+
+    stub("quantize", None)
+    stub("evaluate", EVALUATED)
+    stub("inspect", INSPECTED)
+    return calls
+
+
+def test_the_options_are_frozen() -> None:
+    commands = get_command(cli.app).commands  # type: ignore[attr-defined]
+    found = {
+        name: [
+            parameter.metavar or parameter.name.upper() if parameter.param_type_name == "argument" else parameter.opts[0]
+            for parameter in command.params
+        ]
+        for name, command in commands.items()
+    }
+    assert found == FROZEN
+
+
+@pytest.mark.parametrize("command", FROZEN)
+def test_every_option_says_what_it_is_and_its_default(command: str) -> None:
+    for parameter in get_command(cli.app).commands[command].params:  # type: ignore[attr-defined]
+        if parameter.param_type_name == "option":
+            assert parameter.help, parameter.name
+            assert parameter.show_default or parameter.default is not None, parameter.name
+    shown = invoke(command, "--help")
+    assert shown.exit_code == 0
+    assert shown.output.count("[default:") == sum(name.startswith("--") for name in FROZEN[command])
+
+
+@pytest.mark.parametrize("code", ["import bitlathe", "from bitlathe.cli import app; app(['--help'], standalone_mode=False)"])
+def test_torch_is_not_needed_to_begin(code: str) -> None:
+    heavy = "[name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules]"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}; assert not {heavy}, {heavy}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_resolves_and_keeps_resolving() -> None:
+    for _ in range(2):
+        for name in ("quantize", "load", "evaluate", "inspect"):
+            assert callable(getattr(bitlathe, name))
+        for name in ("Recipe", "Plan", "Scheme", "Rotation"):
+            assert isinstance(getattr(bitlathe, name), type)
+    assert set(bitlathe.__all__) == set(dir(bitlathe))
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = bitlathe.nothing
+
+
+def test_version() -> None:
+    assert invoke("--version").output == f"bitlathe {VERSION}\n"
+
+
+def test_quantize_passes_everything_on(asked: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("scheme: W3A16\nseqlen: 512\noverrides: {'*.v_proj': W8A16}\nmemory: {activations: 1GiB}\n")
+    done = invoke(
+        *("quantize", "builtin", "--out", "out", "--recipe", str(recipe), "--format", "native,fake", "--tuner", "rtn"),
+        *("--seqlen", "256", "--override", "*.q_proj=keep", "--override", "*.k_proj=w8", "--set", "samples=16"),
+        *("--override", "*.k_proj=w8a16", "--set", "signround.lr=0.5", "--device", "cpu", "--restart"),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    call = asked["quantize"]
+    assert callable(call.pop("listen"))
+    assert call.pop("args") == ("builtin",)
+    expected = bitlathe.Recipe(
+        model="builtin",
+        out=Path("out"),
+        scheme="W3A16",
+        overrides={"*.v_proj": "W8A16", "*.q_proj": "keep", "*.k_proj": "W8A16"},
+        formats=("native", "dense"),
+        tuner="rtn",
+        seqlen=256,
+        samples=16,
+        device="cpu",
+        memory={"activations": 2**30},
+        signround={"lr": 0.5},
+    ).model_dump(exclude={"model"})
+    assert call == expected | {"restart": True}
+
+
+def test_the_summary_says_what_was_made_and_where(asked: dict[str, dict[str, Any]]) -> None:
+    output = invoke("quantize", "builtin", "--out", "out").output
+    for words in ("Quantized 1 of 2 linears", "lm_head (the output head)", "4.12 bits", "10.06", "bitlathe.load('out')"):
+        assert words in output, output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["quantize", "builtin"], "'out' is missing"),
+        (["quantize", "--out", "x"], "'model' is missing"),
+        (["quantize", "builtin", "--out", "x", "--scheme", "W9"], "unknown scheme 'W9'"),
+        (["quantize", "builtin", "--out", "x", "--set", "itters=3"], "Did you mean 'iters'?"),
+        (["quantize", "builtin", "--out", "x", "--set", "iters"], "is not key=value"),
+        (["quantize", "builtin", "--out", "x", "--override", "q_proj"], "is not GLOB=SCHEME"),
+        (["quantize", "builtin", "--out", "x", "--device", "gpu"], "cuda"),
+    ],
+)
+def test_refusals(asked: dict[str, dict[str, Any]], arguments: list[str], words: str) -> None:
+    done = invoke(*arguments)
+    assert (done.exit_code, done.stdout, asked) == (2, "", {})
+    assert done.stderr.startswith("Error: ")
+    assert words in done.stderr
+
+
+def test_an_error_is_a_message_and_with_traceback_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: str) -> None:
+        raise PlanError(f"[{folder}] cannot be done")
+
+    monkeypatch.setitem(vars(bitlathe), "inspect", refuse)
+    done = invoke("inspect", "x")
+    assert (done.exit_code, done.stderr, done.stdout) == (2, "Error: [x] cannot be done\n", "")
+    assert isinstance(invoke("--traceback", "inspect", "x").exception, PlanError)
+
+
+def test_an_interruption_says_how_to_continue(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(vars(bitlathe), "quantize", interrupt)
+    done = invoke("quantize", "builtin", "--out", "x")
+    assert done.exit_code == 130
+    assert "the same command continues" in done.stderr
+
+
+def test_eval_passes_everything_on_and_prints_figures(asked: dict[str, dict[str, Any]]) -> None:
+    done = invoke("eval", "out", "--against", "builtin", "--text", "t.txt", "--seqlen", "64", "--windows", "3")
+    assert asked["evaluate"] == {"args": ("out",), "against": "builtin", "text": "t.txt", "seqlen": 64, "windows": 3}
+    for words in ("3 windows of 64 tokens", "perplexity of the original", "0.25", "0.031", "top-1 agreement"):
+        assert words in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize(("command", "result"), [("eval", EVALUATED), ("inspect", INSPECTED)])
+def test_json_is_one_object_and_nothing_else(asked: dict[str, dict[str, Any]], command: str, result: Any) -> None:
+    done = invoke(command, "out", "--json")
+    assert json.loads(done.stdout) == result
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_inspect_shows_every_linear(asked: dict[str, dict[str, Any]]) -> None:
+    output = invoke("inspect", "out").stdout
+    for words in ("a.q_proj", "W4A16", "8x128", "4.12", "528", "lm_head", "kept", "the output head", "2.5 KiB"):
+        assert words in output, output
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("schemes", list(SCHEMES)),
+        ("models", ["llama", "phi3"]),
+        ("formats", ["native", "dense"]),
+        ("tuners", ["rtn", "signround"]),
+    ],
+)
+def test_list(what: str, names: list[str]) -> None:
+    done = invoke("list", what)
+    assert done.exit_code == 0, done.output
+    assert all(name in done.stdout for name in names)
+
+
+def test_demo_compares_original_and_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ran(out: Path | None, *, listen: Any) -> dict[str, Any]:
+        sides = {"original": {"bytes": 2048, "text": "once upon"}, "quantized": {"bytes": 1024, "text": "a time"}}
+        return {"scheme": "W4A16", "evaluation": EVALUATED, **sides}
+
+    monkeypatch.setattr(cli, "load", lambda target: ran if target.endswith(":demo") else quiet)
+    output = invoke("demo").stdout
+    for words in ("W4A16", "2.0 KiB", "1.0 KiB", "0.25", "once upon", "a time", "top-1"):
+        assert words in output, output
+
+
+@contextmanager
+def quiet() -> Iterator[Any]:
+    """A display that shows nothing."""
+    yield lambda event: None
+
+
+def test_the_display_prints_a_line_for_every_block() -> None:
+    out = StringIO()
+    block = BlockReport(
+        block=0, blocks=2, name="b", linears=7, loss_before=0.5, loss_after=0.25, seconds=75.0, peak_ram=2**30, peak_vram=0
+    )
+    with progress.Display(Console(file=out, width=200)) as listen:
+        listen(Note("noted [so]"))
+        listen(Step(block=0, blocks=2, step=1, steps=10, loss=0.5))
+        listen(block)
+        listen(block.model_copy(update={"block": 1, "resumed": True}))
+        listen(block.model_copy(update={"block": 2, "name": "head", "linears": 0, "loss_before": None, "loss_after": None}))
+    assert out.getvalue().splitlines() == [
+        "noted [so]",
+        "block 1/2: 7 linears, loss 0.5 -> 0.25, 1 min 15 s, peak 1.0 GiB RAM",
+        "block 2/2: 7 linears, from the interrupted run",
+        "head: kept, 1 min 15 s, peak 1.0 GiB RAM",
+    ]
