@@ -37,7 +37,9 @@ def _computed(model: PreTrainedModel, module: nn.Module, names: list[str]) -> di
         return {}
     twin = copy(module)  # shares everything with the module but the two dictionaries that hold its tensors
     object.__setattr__(twin, "_parameters", {name: _weightless(value) for name, value in module._parameters.items()})
-    blank = {name: torch.full_like(module._buffers[name], torch.nan, device="cpu") for name in names if _floating(module, name)}
+    blank = {
+        name: torch.full_like(module.get_buffer(name), torch.nan, device="cpu") for name in names if _floating(module, name)
+    }
     spare = {name: None if value is None else value.clone() for name, value in module._buffers.items()}
     object.__setattr__(twin, "_buffers", spare | blank)
     model._init_weights(twin)

@@ -1,0 +1,182 @@
+"""The lossless format: codes as they are, and the plan in config.json (quant_method "bitlathe").
+
+Every tensor of a quantized linear is a flat stream of bits. `weight` holds the codes, `weight_zero` the zero points,
+`weight_scale` the codes of the scales, and so on down (`weight_scale_scale`). Integers and E2M1 are packed densely, low bits
+first, each row padded to a byte, symmetric integers with 2^(bits-1) added; E8M0 and E4M3 are bytes; 16- and 32-bit floats are
+their bit patterns as int16 and int32, because loaders cast floats to the dtype they are asked for.
+
+A loader that does not know the quant_method must not run the model. transformers only warns about one it does not know, and
+fills weights it does not find with random numbers; but it stops at a `weight` of another shape than the linear's. So the codes
+carry that name, and the stream is flat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from bitlathe.errors import FormatError
+from bitlathe.formats.base import QuantLayer
+from bitlathe.formats.stored import some, take
+from bitlathe.numerics.bits import pack, unpack
+from bitlathe.numerics.project import QuantTensor
+from bitlathe.numerics.rotation import Rotation
+from bitlathe.numerics.scheme import GRIDS, Grid, Scheme
+from bitlathe.plan import LayerPlan, Plan
+
+METHOD = "bitlathe"
+VERSION = 1
+
+# Grids whose codes are machine words: dtype of the codes in memory, dtype of the same bits in the file.
+WORDS: dict[str, tuple[torch.dtype, torch.dtype]] = {
+    "E4M3": (torch.float8_e4m3fn, torch.uint8),
+    "E8M0": (torch.uint8, torch.uint8),
+    "BF16": (torch.bfloat16, torch.int16),
+    "FP16": (torch.float16, torch.int16),
+    "FP32": (torch.float32, torch.int32),
+}
+
+
+class _Group(BaseModel):
+    """The linears of one scheme."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scheme: Scheme
+    linears: list[str]
+
+
+class _Config(BaseModel):
+    """What config.json holds under "quantization_config"; a plan with each scheme once."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")  # other programs add keys of their own
+
+    quant_method: str
+    format_version: int
+    dtype: str
+    groups: list[_Group]
+    kept: list[str]
+    rotations: list[Rotation] = []
+
+
+class Native:
+    """The lossless format; it holds every plan."""
+
+    name = "native"
+
+    def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
+        """Nothing is refused."""
+
+    def encode(self, layer: QuantLayer, dtype: str) -> dict[str, Tensor]:
+        """The streams of a linear; `dtype` does not matter."""
+        return _encode(layer.weight, "weight")
+
+    def layout(self, scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of what `encode` gives for a linear of `shape`."""
+        return _layout(scheme, shape, "weight")
+
+    def decode(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantLayer:
+        """The inverse of `encode`. Raises CheckpointError for tensors that are not of this scheme and shape."""
+        return QuantLayer(_decode(tensors, "weight", scheme, shape))
+
+    def config(self, plan: Plan) -> dict[str, Any]:
+        """The plan, each scheme once."""
+        groups: dict[Scheme, list[str]] = {}
+        for name, scheme in plan.quantized.items():
+            groups.setdefault(scheme, []).append(name)
+        return {
+            "quant_method": METHOD,
+            "format_version": VERSION,
+            "dtype": plan.dtype,
+            "groups": [
+                {"scheme": scheme.model_dump(mode="json", exclude_defaults=True), "linears": names}
+                for scheme, names in groups.items()
+            ],
+            "kept": [name for name, row in plan.linears.items() if row.weight is None],
+            "rotations": [rotation.model_dump(mode="json") for rotation in plan.rotations],
+        }
+
+    def parse(self, config: Mapping[str, Any], linears: list[str]) -> Plan:
+        """The inverse of `config`. Raises FormatError for another version's config, or one of another model."""
+        if config.get("quant_method") != METHOD or config.get("format_version") != VERSION:
+            raise FormatError(
+                f"this is quant_method {config.get('quant_method')!r}, format_version {config.get('format_version')!r}; this "
+                f"program reads {METHOD!r}, version {VERSION}. Use the version of bitlathe that wrote the folder"
+            )
+        try:
+            stored = _Config.model_validate(dict(config))
+            rows = {name: LayerPlan(weight=group.scheme) for group in stored.groups for name in group.linears}
+            rows |= {name: LayerPlan() for name in stored.kept}
+            plan = Plan.model_validate({"linears": rows, "dtype": stored.dtype, "rotations": tuple(stored.rotations)})
+        except ValidationError as error:
+            raise FormatError(
+                f"the quantization_config is damaged: {error.errors()[0]['msg']} at "
+                f"{'.'.join(map(str, error.errors()[0]['loc']))}. Take the config.json that was written with the weights"
+            ) from error
+        strange = [name for name in linears if name not in rows] + [name for name in rows if name not in linears]
+        if strange:
+            raise FormatError(
+                f"the quantization_config and the model do not have the same linears: {some(strange)}. "
+                "Take the config.json that was written with the weights"
+            )
+        return plan.model_copy(update={"linears": {name: plan.linears[name] for name in linears}})
+
+
+def _encode(q: QuantTensor, name: str) -> dict[str, Tensor]:
+    grid = GRIDS[q.scheme.grid]
+    tensors = {name: _stream(q.codes, grid, asymmetric=q.scheme.asymmetric)}
+    if q.zero is not None:
+        tensors[f"{name}_zero"] = _stream(q.zero, grid, asymmetric=True)
+    return tensors | (_encode(q.scale, f"{name}_scale") if q.scale is not None else {})
+
+
+def _layout(scheme: Scheme, shape: tuple[int, int], name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    grid, blocks = GRIDS[scheme.grid], scheme.blocks(shape)
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {name: _place(grid, shape)}
+    if scheme.asymmetric:
+        layout[f"{name}_zero"] = _place(grid, blocks)
+    return layout | (_layout(scheme.scale, blocks, f"{name}_scale") if scheme.scale is not None else {})
+
+
+def _place(grid: Grid, shape: tuple[int, int]) -> tuple[torch.dtype, tuple[int]]:
+    """Dtype and length of the stream of codes [rows, columns]."""
+    rows, columns = shape
+    if grid.name in WORDS:
+        return WORDS[grid.name][1], (rows * columns,)
+    return torch.uint8, (rows * ceil(columns * grid.bits / 8),)
+
+
+def _decode(tensors: Mapping[str, Tensor], name: str, scheme: Scheme, shape: tuple[int, int]) -> QuantTensor:
+    grid = GRIDS[scheme.grid]
+    blocks = scheme.blocks(shape)
+    return QuantTensor(
+        scheme=scheme,
+        shape=shape,
+        codes=_codes(tensors, name, grid, shape, asymmetric=scheme.asymmetric),
+        scale=None if scheme.scale is None else _decode(tensors, f"{name}_scale", scheme.scale, blocks),
+        zero=_codes(tensors, f"{name}_zero", grid, blocks, asymmetric=True) if scheme.asymmetric else None,
+    )
+
+
+def _stream(codes: Tensor, grid: Grid, *, asymmetric: bool) -> Tensor:
+    """Codes [rows, columns] as they lie in the file, flat."""
+    if grid.name in WORDS:
+        return codes.contiguous().view(WORDS[grid.name][1]).flatten()
+    if grid.kind == "int" and not asymmetric:
+        codes = codes.view(torch.uint8) + 2 ** (grid.bits - 1)  # wraps, so that -2^(bits-1) becomes 0
+    return pack(codes, grid.bits).flatten()
+
+
+def _codes(tensors: Mapping[str, Tensor], name: str, grid: Grid, shape: tuple[int, int], *, asymmetric: bool) -> Tensor:
+    stream = take(tensors, name, *_place(grid, shape))
+    if grid.name in WORDS:
+        return stream.view(WORDS[grid.name][0]).view(shape)
+    codes = unpack(stream.view(shape[0], -1), grid.bits, columns=shape[1])
+    if grid.kind == "int" and not asymmetric:
+        codes = (codes - 2 ** (grid.bits - 1)).view(torch.int8)
+    return codes
