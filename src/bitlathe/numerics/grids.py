@@ -19,8 +19,9 @@ _EXPONENT_BITS = 0x7F800000  # of a float32
 _MANTISSA_BITS = 0x007FFFFF
 _MANTISSA_WIDTH = 23
 
-# Mantissa bits and exponent of the smallest normal number of the small float grids.
-_FLOATS = {"E2M1": (1, 0), "E4M3": (3, -6)}
+# Mantissa bits, and the exponent of the smallest normal number. The 16-bit dtypes are rounded to like the others and not
+# by a cast there and back, which torch.compile leaves out.
+_FLOATS = {"E2M1": (1, 0), "E4M3": (3, -6), "BF16": (7, -126), "FP16": (10, -14)}
 _DTYPES = {"BF16": torch.bfloat16, "FP16": torch.float16, "FP32": torch.float32}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -43,7 +44,7 @@ def limits(grid: Grid, *, unsigned: bool = False) -> tuple[float, float]:
 
 
 def step(x: Tensor, grid: Grid) -> Tensor:
-    """Distance between neighbours of E2M1 or E4M3 where x (float32, finite) lies; the one above at a power of two."""
+    """Distance between neighbours of a float grid where x (float32, finite) lies; the one above at a power of two."""
     mantissa, exponent = _FLOATS[grid.name]
     return (x.view(torch.int32) & _EXPONENT_BITS).view(torch.float32).clamp_(min=2.0**exponent).mul_(2.0**-mantissa)
 
@@ -59,8 +60,8 @@ def snap(x: Tensor, grid: Grid, *, unsigned: bool = False) -> Tensor:
         return x.round_()
     if grid.kind == "exponent":
         return ((x.view(torch.int32) + _MANTISSA_BITS) & _EXPONENT_BITS).view(torch.float32)
-    if grid.name in _DTYPES:
-        return x.to(_DTYPES[grid.name]).float()
+    if grid.name == "FP32":
+        return x
     spacing = step(x, grid)
     return x.div_(spacing).round_().mul_(spacing)
 
