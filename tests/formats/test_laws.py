@@ -80,7 +80,7 @@ def test_plans_come_back(name: str, scheme: str, dtype: Dtype) -> None:
 
 @pytest.mark.parametrize("format", HELD.values(), ids=HELD)
 def test_mixed_plans_come_back_in_order(format: Format) -> None:
-    schemes = [SCHEMES[name] for name in ("W4A16", "W3A16G32_ASYM", "NVFP4A16", "FP8_BLOCK", "W4A16", "MXFP4A16")]
+    schemes = [SCHEMES[name] for name in ("W4A16", "W3A16G32", "NVFP4A16", "FP8_BLOCK", "W4A16", "MXFP4A16", "MXFP8A16")]
     plan = plan_of(
         {f"layers.{index}.o": scheme for index, scheme in enumerate(schemes)} | {"layers.1.down": None, "lm_head": None}
     )
@@ -221,6 +221,7 @@ W4 = SCHEMES["W4A16"]
         ({"x.q": None, "x.k": None, "x.o": None}, "bf16", "quantizes nothing.*dense"),
         ({"x.q": W4, "x.k": None, "x.o": W4}, "bf16", r"different schemes for x\.q, x\.k.*one matrix.*native"),
         ({"x.q": W4, "x.k": SCHEMES["W8A16"], "x.o": W4}, "bf16", r"different schemes for x\.q, x\.k"),
+        ({"x.o": SCHEMES["W4A16_ASYM"], "x.q": W4}, "bf16", r"zero points beside other schemes \(x\.o\).*native"),
         ({"x.o": SCHEMES["NVFP4A16"]}, "fp16", r"x\.o: NVFP4A16: .*--dtype bf16"),
         ({"x.o": SCHEMES["MXFP4A16"]}, "fp16", r"--dtype bf16"),
         ({"x.o": SCHEMES["MXFP8A16"]}, "fp16", r"--dtype bf16"),

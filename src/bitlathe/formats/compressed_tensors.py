@@ -9,6 +9,7 @@ How the library decodes, and so what is refused here (read in its version 0.20, 
                                         scales of another dtype than the plan's would be cast on the way in
     mxfp4-pack-, nvfp4-pack-quantized,  always in bf16: a model that runs in fp16 would be given bf16 weights
     mxfp8-quantized
+    pack-quantized with zero points     by transformers only while it loads and only by one scheme for all (see `config`)
 """
 
 from __future__ import annotations
@@ -78,6 +79,13 @@ class CompressedTensors:
         if refused:
             told = "; ".join(f"{some(names)}: {reason}" for reason, names in refused.items())
             raise FormatError(f"compressed-tensors cannot hold {told}. The native format holds every scheme")
+        schemes = set(plan.quantized.values())
+        asymmetric = [name for name, scheme in plan.quantized.items() if scheme.asymmetric]
+        if asymmetric and len(schemes) > 1:
+            raise FormatError(
+                f"compressed-tensors cannot hold zero points beside other schemes ({some(asymmetric)}): transformers reads "
+                "them only where all linears share one scheme. Choose symmetric schemes, one scheme for all, or the native format"
+            )
         refuse_split_groups(plan, fused, self.name)
 
     def encode(self, layer: QuantLayer, dtype: str) -> dict[str, Tensor]:
@@ -109,7 +117,10 @@ class CompressedTensors:
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=[name for name, row in plan.linears.items() if row.weight is None],
         )
-        return config.model_dump(mode="json")
+        # How transformers loads lazily has no place for packed zero points, and stops at their shape; how it dequantizes while
+        # it loads has. That way decodes every linear by the first group, which is why `check` wants one scheme.
+        asymmetric = any(scheme.asymmetric for scheme in groups)
+        return config.model_dump(mode="json") | ({"dequantize": True} if asymmetric else {})
 
     def parse(self, config: Mapping[str, Any], linears: list[str]) -> Plan:
         """The inverse of `config`; other writers' configurations are read as far as a plan can say what they say.
@@ -117,8 +128,9 @@ class CompressedTensors:
         The plan's dtype is what the configuration gives for its scales, else what `config` holds under "dtype" (put there
         config.json's own: the library writes it nowhere else), else bf16. Raises FormatError for the rest.
         """
+        known = {key: value for key, value in config.items() if key in QuantizationConfig.model_fields}
         try:
-            stored = QuantizationConfig.model_validate(dict(config))
+            stored = QuantizationConfig.model_validate(known)
         except (ValidationError, ValueError, NotImplementedError, KeyError) as error:
             raise FormatError(f"the compressed-tensors library does not accept the quantization_config: {error}") from error
         _refuse_beyond_weights(config, stored)
