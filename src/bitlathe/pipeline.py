@@ -35,7 +35,9 @@ def quantize(
     listen: called with every event of `bitlathe.report`. A run that was interrupted continues when called again.
     Raises a BitlatheError before any weight is read when something asked for cannot be done.
     """
-    return run(merge({"model": model, "out": out, "scheme": scheme, **fields}), restart=restart, listen=listen or (lambda event: None))
+    return run(
+        merge({"model": model, "out": out, "scheme": scheme, **fields}), restart=restart, listen=listen or (lambda event: None)
+    )
 
 
 def run(recipe: Recipe, *, restart: bool, listen: Listener) -> Plan:

@@ -101,8 +101,9 @@ def _refuse_ragged(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:
     more = f" and {len(ragged) - 4} more" if len(ragged) > 4 else ""
     sizes = [size for size in (128, 64, 32, 16) if all(shapes[name][1] % size == 0 for name in ragged)]
     fitting = " or ".join(f"groups of {size}" for size in sizes)
+    scheme = plan.quantized[ragged[0]]
     raise PlanError(
-        f"{name_of(plan.quantized[ragged[0]])} puts {plan.quantized[ragged[0]].block[1]} inputs under one scale, which does not "
-        f"divide the inputs of {shown}{more}. What divides them: {fitting + ', or ' if sizes else ''}one scale a row (_CHANNEL). "
-        "Choose such a scheme for them with an override, or keep them in 16 bits"
+        f"{name_of(scheme)} puts {scheme.block[1]} inputs under one scale, which does not divide the inputs of {shown}{more}. "
+        f"What divides them: {fitting + ', or ' if sizes else ''}one scale a row (_CHANNEL). Choose such a scheme for them "
+        "with an override, or keep them in 16 bits"
     )

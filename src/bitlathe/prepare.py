@@ -67,12 +67,15 @@ def prepare(recipe: Recipe) -> Prepared:
     tuner = named(recipe.tuner, TUNERS, "tuner").of(recipe.tuning())
     checkpoint = Checkpoint(recipe.model)
     stored = config_dtype(checkpoint.config)
-    dtype = recipe.dtype if recipe.dtype != "auto" else stored if stored != "fp32" else "bf16"
+    asked = recipe.dtype if recipe.dtype != "auto" else stored
+    dtype = "fp16" if asked == "fp16" else "bf16"
     skeleton, weights = open_model(checkpoint, device=device, dtype=DTYPES[dtype])
     if weights.plan is not None:
         raise CheckpointError(f"{checkpoint.path} is quantized already. Quantize the original model instead")
     head = skeleton.arch.head
-    kept = {head: "shares its weight with the embeddings" if skeleton.tied else "the output head stays in 16 bits unless asked for"}
+    kept = {
+        head: "shares its weight with the embeddings" if skeleton.tied else "the output head stays in 16 bits unless asked for"
+    }
     plan, reasons = resolve(
         skeleton.linears,
         recipe.scheme,
@@ -97,8 +100,10 @@ def _calibration(recipe: Recipe, folder: Path) -> tuple[Tensor, tuple[str, ...]]
     documents = text_of(recipe.calib, "calibration", characters=characters_for(recipe.samples, recipe.seqlen))
     tokens = windows_of(tokenizer, documents, seqlen=recipe.seqlen, count=recipe.samples, seed=recipe.seed)
     if len(tokens) < recipe.samples:
-        return tokens, (f"the calibration text holds {len(tokens)} windows of {recipe.seqlen} tokens, fewer than --samples "
-                        f"{recipe.samples}: all of them are used",)
+        return tokens, (
+            f"the calibration text holds {len(tokens)} windows of {recipe.seqlen} tokens, fewer than --samples "
+            f"{recipe.samples}: all of them are used",
+        )
     return tokens, ()
 
 
@@ -107,5 +112,9 @@ def _bytes_needed(skeleton: Skeleton, plan: Plan, *, copies: int) -> int:
         (16 * shape[0] * shape[1] if name not in plan.quantized else plan.quantized[name].bits(shape)) // 8
         for name, shape in skeleton.linears.items()
     )
-    other = sum(2 * torch.Size(shape).numel() for name, shape in skeleton.shapes.items() if name.removesuffix(".weight") not in plan.linears)
+    other = sum(
+        2 * torch.Size(shape).numel()
+        for name, shape in skeleton.shapes.items()
+        if name.removesuffix(".weight") not in plan.linears
+    )
     return copies * (linears + other)

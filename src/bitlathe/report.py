@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from bitlathe.errors import CheckpointError
 from bitlathe.io.checkpoint import Checkpoint, TensorInfo
 from bitlathe.io.sizes import human
+from bitlathe.io.writer import replace_file
 from bitlathe.model.source import config_dtype, open_model
 from bitlathe.numerics.scheme import name_of
 from bitlathe.plan import Plan
@@ -78,12 +79,14 @@ def peak_memory() -> tuple[int, int]:
     return ram, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
-def sizes_of(header: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, int]], quantized: Container[str]) -> dict[str, Any]:
+def sizes_of(
+    header: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, int]], quantized: Container[str]
+) -> dict[str, Any]:
     """Bytes and bits as a checkpoint's files hold them, from their header alone.
 
     shapes: linear -> (outputs, inputs). Returns {"bytes": of all tensors, "linears": {linear: bytes stored for its weight},
-    "bits_quantized", "bits_linears", "bits_checkpoint": average bits per weight of the quantized linears, of all linears, and per
-    parameter of the whole checkpoint}. A tied head stores nothing of its own and is left out.
+    "bits_quantized", "bits_linears", "bits_checkpoint": average bits per weight of the quantized linears, of all linears, and
+    per parameter of the whole checkpoint}. A tied head stores nothing of its own and is left out.
     """
     owner = {name: name.rpartition(".")[0] for name in header}
     of_weights = {name for name in header if owner[name] in shapes and not name.endswith(".bias")}
@@ -121,7 +124,9 @@ def read_report(folder: Path | str) -> dict[str, Any]:
 
 def card(report: Mapping[str, Any]) -> str:
     """The model card: how the checkpoint was made, how to load it, and what was measured."""
-    loader = Environment(loader=PackageLoader("bitlathe", "data"), undefined=StrictUndefined, trim_blocks=True, autoescape=False)
+    loader = Environment(
+        loader=PackageLoader("bitlathe", "data"), undefined=StrictUndefined, trim_blocks=True, autoescape=False
+    )
     return loader.get_template("card.md.jinja").render(report=report, human=human)
 
 
@@ -133,9 +138,9 @@ def as_json(data: Any) -> bytes:
 def inspect(folder: str | Path) -> dict[str, Any]:
     """What a checkpoint holds, original or quantized, from its headers alone.
 
-    Returns {"model", "format", "dtype", "linears": [{"name", "scheme", "shape", "bits", "bytes", "kept"}], "quantized": how many
-    of them, "bytes", "bits_quantized", "bits_linears", "bits_checkpoint"}; bits are per weight as the file holds them; scheme is
-    None and kept the reason for a linear in 16 bits. Raises CheckpointError or UnsupportedModel.
+    Returns {"model", "format", "dtype", "linears": [{"name", "scheme", "shape", "bits", "bytes", "kept"}], "quantized": how
+    many of them, "bytes", "bits_quantized", "bits_linears", "bits_checkpoint"}; bits are per weight as the file holds them;
+    scheme is None and kept the reason for a linear in 16 bits. Raises CheckpointError or UnsupportedModel.
     """
     checkpoint = Checkpoint(folder)
     skeleton, weights = open_model(checkpoint, device=torch.device("cpu"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from bitlathe.formats.base import Format
 from bitlathe.io.checkpoint import CONFIG
 from bitlathe.io.writer import Writer
 from bitlathe.prepare import CODES, Prepared
-from bitlathe.report import CARD, REPORT, as_json, card
+from bitlathe.report import CARD, REPORT, as_json, card, sizes_of
 from bitlathe.version import VERSION
 
 # The names of dtypes in config.json.
@@ -22,11 +21,11 @@ _VERSIONS = ("torch", "transformers", "safetensors", "compressed-tensors")
 def finish(ready: Prepared, writer: Writer, *, seconds: float) -> None:
     """Give every format its files and move everything to its place."""
     single = len(ready.formats) == 1
-    destinations: dict[str, tuple[Path | None, dict[str, bytes]]] = {CODES: (None, {})}
+    results: dict[str, tuple[Path | None, dict[str, bytes]]] = {CODES: (None, {})}
     for name, format in ready.formats.items():
         folder = ready.recipe.out if single else ready.recipe.out / name
-        destinations[name] = (folder, _files(ready, writer, name, format, seconds=seconds))
-    writer.finish(destinations)
+        results[name] = (folder, _files(ready, writer, name, format, seconds=seconds))
+    writer.finish(results)
 
 
 def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, seconds: float) -> dict[str, bytes]:
@@ -37,24 +36,29 @@ def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, second
     quantization = format.config(ready.plan)
     if quantization is not None:
         config["quantization_config"] = quantization
+    sizes = sizes_of(writer.header(name), ready.skeleton.linears, ready.plan.quantized)
+    sizes.pop("linears")  # `inspect` reads them off the files
+    plan = ready.plan.model_dump(mode="json")
     report = {
         "tool": "bitlathe",
         "version": VERSION,
         "format": name,
-        "fingerprint": ready.fingerprint(),
         "recipe": ready.recipe.model_dump(mode="json"),
+        "plan": plan,
         "kept": ready.kept,
         "notes": list(ready.notes),
         "versions": {package: version(package) for package in _VERSIONS},
         "blocks": [writer.done[shard]["report"] for shard in sorted(writer.done)],
+        "linears": len(ready.plan.linears),
+        "quantized": len(ready.plan.quantized),
+        "sizes": sizes,
         "seconds": seconds,
         "evaluation": None,
     }
     beside = {path.name: path.read_bytes() for path in checkpoint.companions()}
-    plan = json.loads(ready.plan.model_dump_json())
     return beside | {
         CONFIG: as_json(config),
         "plan.json": as_json(plan),
-        REPORT: as_json(report | {"plan": plan}),
+        REPORT: as_json(report),
         CARD: card(report).encode(),
     }

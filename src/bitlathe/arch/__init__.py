@@ -31,5 +31,7 @@ def arch_for(config: Mapping[str, Any]) -> Arch:
     """The table for a model's config.json. Raises UnsupportedModel, listing the known families."""
     family = config.get("model_type")
     if family not in ARCHS:
-        raise UnsupportedModel(f"the model family {family!r} (model_type in config.json) is not known. Known: {', '.join(ARCHS)}")
+        raise UnsupportedModel(
+            f"the model family {family!r} (model_type in config.json) is not known. Known: {', '.join(ARCHS)}"
+        )
     return ARCHS[family]

@@ -1,4 +1,4 @@
-"""What is known of a model family: which linear reads and writes which space, which norm feeds it, what is fused when served."""
+"""What is known of a model family: what each linear reads and writes, which norm feeds it, what is fused when served."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bitlathe.errors import OutputError, ResumeError
-from bitlathe.io.checkpoint import CONFIG, DTYPES, INDEX, read_header
+from bitlathe.io.checkpoint import CONFIG, DTYPES, INDEX, TensorInfo, read_header
 from bitlathe.io.sizes import human
 
 STATE = ".bitlathe"
@@ -122,6 +122,10 @@ class Writer:
             return load_file(file)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{file} was written by this run but cannot be read ({error}); use --restart") from error
+
+    def header(self, stream: str) -> dict[str, TensorInfo]:
+        """Every tensor of a stream's finished shards, without its data."""
+        return {name: info for index in self.done for name, info in read_header(self._file(stream, index)).items()}
 
     def finish(self, results: Results) -> None:
         """Turn the finished shards into checkpoints; then the folder of the unfinished run goes.
@@ -324,6 +328,12 @@ def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for name in order:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` in the place of a file, all of it or nothing."""
+    with _aside(path) as aside:
+        aside.write_bytes(content)
 
 
 def require_room(folder: Path, nbytes: int) -> None:

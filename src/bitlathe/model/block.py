@@ -36,9 +36,11 @@ class Block:
         """The block's output [batch, tokens, width] for hidden states of the same shape."""
         return self.module(x_BTD, **self.call)
 
-    def linear(self, name: str) -> nn.Module:
-        """The module that stands where the linear `name` was."""
-        return self.module.get_submodule(self._inner(name))
+    def linear(self, name: str) -> nn.Linear:
+        """The linear `name`, or the one that was put in its place."""
+        linear = self.module.get_submodule(self._inner(name))
+        assert isinstance(linear, nn.Linear)
+        return linear
 
     def weight(self, name: str) -> Tensor:
         """The weight [outputs, inputs] of a linear that has not been swapped. Raises CheckpointError if it is not finite."""
@@ -67,14 +69,17 @@ class Block:
 
     def freeze(self, layers: Mapping[str, QuantLayer]) -> None:
         """From here on the block runs the codes of `layers`."""
-        biases = {name: self.module.get_submodule(self._inner(name)).bias for name in layers}
+        biases = {name: self.linear(name).bias for name in layers}
         self.swap({name: QuantLinear(layer.weight, biases[name], self.dtype) for name, layer in layers.items()})
 
     @contextmanager
     def watch(self, names: Mapping[str, Any], see: Any) -> Iterator[None]:
         """While open, `see(name, x)` is called with every input [..., inputs] of the linears `names`."""
         handles = [
-            self.linear(name).register_forward_pre_hook(lambda _module, inputs, name=name: see(name, inputs[0])) for name in names
+            self.module.get_submodule(self._inner(name)).register_forward_pre_hook(
+                lambda _module, inputs, name=name: see(name, inputs[0])
+            )
+            for name in names
         ]
         try:
             yield

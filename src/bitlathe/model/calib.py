@@ -21,7 +21,9 @@ _CHARACTERS_A_TOKEN = 8
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved with the model. Raises CalibrationError if there is none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    ):
         raise CalibrationError(
             f"{folder} has no tokenizer (tokenizer.json or tokenizer.model), which turning text into tokens takes. "
             "Put the tokenizer's files beside the weights"
@@ -47,7 +49,9 @@ def text_of(source: str, purpose: str, *, characters: int) -> list[str]:
         except UnicodeDecodeError as error:
             raise CalibrationError(f"{path} is not UTF-8 text ({error}): convert it, or name another file") from error
     if path.suffix or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise CalibrationError(f"the {purpose} text {source!r} is not a file. Name a text file, a dataset of the Hub, or builtin")
+        raise CalibrationError(
+            f"the {purpose} text {source!r} is not a file. Name a text file, a dataset of the Hub, or builtin"
+        )
     return _dataset_text(source, purpose, characters)
 
 
@@ -56,15 +60,15 @@ def windows_of(
 ) -> Tensor:
     """Windows of `seqlen` tokens [windows, seqlen]: the documents' tokens in a row, without special tokens, cut up.
 
-    count: at most so many; the first ones, or with a seed a random choice in a random order. Raises CalibrationError when the
-    text is shorter than one window.
+    count: at most so many; the first ones, or with a seed a random choice in a random order. Raises CalibrationError when
+    the text is shorter than one window.
     """
     tokens = [tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] for document in documents]
     row = torch.tensor([token for document in tokens for token in document], dtype=torch.long)
     whole = len(row) // seqlen
     if whole == 0:
         raise CalibrationError(
-            f"the text has {len(row)} tokens, which is less than one window of {seqlen}. Use a longer text or a shorter --seqlen"
+            f"the text has {len(row)} tokens, less than one window of {seqlen}. Use a longer text or a shorter --seqlen"
         )
     windows = row[: whole * seqlen].view(whole, seqlen)
     if seed is not None:
@@ -82,11 +86,13 @@ def _dataset_text(name: str, purpose: str, characters: int) -> list[str]:
             if length >= characters:
                 break
     except KeyError as error:
-        raise CalibrationError(f"the dataset {name!r} has no column {error}: name one with a text column, or a text file") from error
+        raise CalibrationError(
+            f"the dataset {name!r} has no column {error}: name one with a text column, or a text file"
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise CalibrationError(
-            f"the {purpose} text {name!r} is not a local file, and the Hub cannot be reached for it ({type(error).__name__}). Two "
-            "ways out: name a text file of your own, or builtin for the text that comes with the package"
+            f"the {purpose} text {name!r} is not a local file, and the Hub cannot be reached for it ({type(error).__name__}). "
+            "Two ways out: name a text file of your own, or builtin for the text that comes with the package"
         ) from error
     return documents
 

@@ -62,7 +62,10 @@ class Budget:
     _used: int = field(default=0, repr=False)
 
     def allocate(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Hidden:
-        """Room for hidden states of `shape` [sequences, tokens, width], handed out to `device`. Raises OutputError on a full disk."""
+        """Room for hidden states of `shape` [sequences, tokens, width], handed out to `device`.
+
+        Raises OutputError when they must go to a file and the disk has no room for it.
+        """
         nbytes = prod(shape) * dtype.itemsize
         if self._used + nbytes <= self.limit:
             self._used += nbytes

@@ -10,7 +10,7 @@ from bitlathe.numerics.project import Learned, QuantTensor, dequantize, fake_qua
 from bitlathe.numerics.scheme import Scheme
 
 
-class TunedLinear(nn.Module):
+class TunedLinear(nn.Linear):
     """A linear that learns how to be rounded: y = x W'^T + b with W' the projection of W under `learned`.
 
     weight: [outputs, inputs] float32, fixed. offset [outputs, inputs] in grid steps, low and high [blocks] as multiples of
@@ -18,9 +18,9 @@ class TunedLinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear, scheme: Scheme, start: Learned, *, peak: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.scheme, self.peak, self.dtype = scheme, peak, dtype
-        self.weight = linear.weight.detach().float()
+        self.weight = nn.Parameter(linear.weight.detach().float(), requires_grad=False)
         self.bias = linear.bias
         self.offset = nn.Parameter(torch.zeros_like(self.weight) if start.offset is None else start.offset.clone())
         self.low = None if start.low is None else nn.Parameter(start.low.clone())
@@ -36,10 +36,10 @@ class TunedLinear(nn.Module):
         ranges = [(end, 0.0, 1.0) for end in (self.low, self.high) if end is not None]
         return [(self.offset, -0.5, 0.5), *ranges]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
         weight = fake_quantize(self.weight, self.scheme, self.learned, peak=self.peak, dtype=self.dtype)
-        return F.linear(x, weight, self.bias)
+        return F.linear(input, weight, self.bias)
 
 
 class QuantLinear(nn.Linear):

@@ -116,8 +116,8 @@ class Skeleton:
     def front(self, weights: Weights) -> Front:
         """What comes before the blocks: embeddings and the calls that the blocks will receive."""
         model = copy.deepcopy(self.model)
-        taps = nn.ModuleList(_Tap() for _ in range(self.depth))
-        _put(model, self.arch.blocks, taps)
+        taps = [_Tap() for _ in range(self.depth)]
+        _put(model, self.arch.blocks, nn.ModuleList(taps))
         _put(model, self.arch.norm, nn.Identity())
         base = model.get_submodule(self.arch.base)
         materialise_buffers(model, [base], weights.device)
@@ -139,7 +139,7 @@ class Front:
     """Embeddings, rotary tables and masks: everything of a model that runs before its first block."""
 
     base: nn.Module
-    taps: nn.ModuleList
+    taps: list[_Tap]
 
     def embed(self, tokens_1T: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """First hidden states [1, tokens, width] of one window, and each block's call.
@@ -157,8 +157,7 @@ class Front:
 def read_config(folder: Path) -> PretrainedConfig:
     """The model's configuration, without what an earlier quantization put into it."""
     config = AutoConfig.from_pretrained(folder)
-    if "quantization_config" in config.to_dict():
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     return config
 
 
@@ -171,7 +170,7 @@ def skeleton_of(folder: Path, dtype: torch.dtype) -> Skeleton:
     arch = arch_for(config.to_dict())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.requires_grad_(False)
+    model.requires_grad_(requires_grad=False)
     model.eval()
     return Skeleton(model, arch, _linears(model, arch))
 
@@ -185,8 +184,8 @@ def _linears(model: PreTrainedModel, arch: Arch) -> dict[str, tuple[int, int]]:
             inner = name.removeprefix(f"{arch.blocks}.").partition(".")[2]
             if name != arch.head and inner not in known:
                 raise UnsupportedModel(
-                    f"{name} is a linear that the table of the family {model.config.model_type!r} does not name, so it would be "
-                    "left out without a word. This variant of the family needs a table of its own"
+                    f"{name} is a linear that the table of the family {model.config.model_type!r} does not name, so it would "
+                    "be left out without a word. This variant of the family needs a table of its own"
                 )
             found[name] = (module.out_features, module.in_features)
     return found
@@ -205,4 +204,4 @@ def _filled(model: PreTrainedModel, name: str, weights: dict[str, Tensor], dtype
     device = next(iter(inner.values())).device
     materialise_buffers(model, [module], device)
     assert all(parameter.dtype == dtype for parameter in module.parameters())
-    return module.requires_grad_(False).eval()
+    return module.requires_grad_(requires_grad=False).eval()

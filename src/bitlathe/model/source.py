@@ -30,9 +30,7 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def open_model(
-    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | None = None
-) -> tuple[Skeleton, Weights]:
+def open_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Skeleton, Weights]:
     """The skeleton and weights of a checkpoint; dtype: to run it in, by default the one it is stored in.
 
     Raises CheckpointError for tensors that are missing or wrongly shaped, and for a quantization that cannot be read here.

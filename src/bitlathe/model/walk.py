@@ -42,7 +42,7 @@ def begin(skeleton: Skeleton, weights: Weights, tokens_NT: Tensor, budget: Budge
     """Embed the windows `tokens_NT` [sequences, tokens] and lay out `streams` equal streams of hidden states."""
     front = skeleton.front(weights)
     width = skeleton.model.config.hidden_size
-    shape = (*tokens_NT.shape, width)
+    shape = (tokens_NT.shape[0], tokens_NT.shape[1], width)
     laid = tuple(budget.allocate(shape, weights.dtype, weights.device) for _ in range(streams))
     calls: list[dict[str, Any]] = []
     for row in range(len(tokens_NT)):

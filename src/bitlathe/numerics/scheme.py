@@ -103,13 +103,13 @@ class Scheme(BaseModel):
 _SCALE = Scheme(grid="BF16")
 
 
-def _integer(bits: int, columns: int, asymmetric: bool) -> Scheme:
+def _integer(bits: int, columns: int, *, asymmetric: bool) -> Scheme:
     return Scheme(grid=f"INT{bits}", block=(1, columns), scale=_SCALE, asymmetric=asymmetric)
 
 
 # The names users type. A group of 128 is what a plain name means; "_CHANNEL" is one scale a row.
 SCHEMES: dict[str, Scheme] = {
-    f"W{bits}A16{suffix}{'_ASYM' if asymmetric else ''}": _integer(bits, columns, asymmetric)
+    f"W{bits}A16{suffix}{'_ASYM' if asymmetric else ''}": _integer(bits, columns, asymmetric=asymmetric)
     for bits in (2, 3, 4, 5, 6, 8)
     for suffix, columns in (("", 128), ("G32", 32), ("G64", 64), ("_CHANNEL", 0))
     for asymmetric in (False, True)
@@ -119,9 +119,7 @@ SCHEMES: dict[str, Scheme] = {
     "FP8_BLOCK": Scheme(grid="E4M3", block=(128, 128), scale=_SCALE),
     "MXFP4A16": Scheme(grid="E2M1", block=(1, 32), scale=Scheme(grid="E8M0")),
     "MXFP8A16": Scheme(grid="E4M3", block=(1, 32), scale=Scheme(grid="E8M0")),
-    "NVFP4A16": Scheme(
-        grid="E2M1", block=(1, 16), scale=Scheme(grid="E4M3", block=(0, 0), scale=Scheme(grid="FP32"))
-    ),
+    "NVFP4A16": Scheme(grid="E2M1", block=(1, 16), scale=Scheme(grid="E4M3", block=(0, 0), scale=Scheme(grid="FP32"))),
 }
 
 
