@@ -84,7 +84,7 @@ class CompressedTensors:
         if asymmetric and len(schemes) > 1:
             raise FormatError(
                 f"compressed-tensors cannot hold zero points beside other schemes ({some(asymmetric)}): transformers reads "
-                "them only where all linears share one scheme. Choose symmetric schemes, one scheme for all, or the native format"
+                "them only where all linears share one scheme. Choose symmetric schemes, one for all, or the native format"
             )
         refuse_split_groups(plan, fused, self.name)
 

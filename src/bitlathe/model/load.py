@@ -1,0 +1,63 @@
+"""A folder back into a model: what was measured when it was made, ready to generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from bitlathe.errors import BitlatheError, CheckpointError
+from bitlathe.io.checkpoint import Checkpoint
+from bitlathe.model.buffers import materialise_buffers
+from bitlathe.model.layers import QuantLinear
+from bitlathe.model.source import device_named, open_model
+from bitlathe.model.weights import Weights
+
+GENERATION = "generation_config.json"
+
+
+def load(folder: str | Path, device: str = "auto") -> PreTrainedModel:
+    """The model in a folder, in eval mode and without gradients, in the dtype its config.json gives.
+
+    folder: a quantized model in the native or compressed-tensors format, a dense one, an original, or a Hub id. device: "auto",
+    "cpu", "cuda" or "cuda:i". Quantized linears run their dequantized codes, the weights that were measured. Weights come
+    from the file one module at a time; on the CPU those that are not quantized stay mapped from it.
+
+    Raises CheckpointError for a folder that is incomplete or whose quantization is not read here, UnsupportedModel for a
+    family without a table, RecipeError for a device that is not there.
+    """
+    checkpoint = Checkpoint(folder)
+    skeleton, weights = open_model(checkpoint, device=device_named(device))
+    model = skeleton.model
+    quantized = {} if weights.plan is None else weights.plan.quantized
+    for name, module in list(model.named_modules()):
+        if name in quantized:
+            parent, _, child = name.rpartition(".")
+            model.get_submodule(parent).register_module(child, _coded(name, module, weights))
+        else:
+            _fill(name, module, weights)
+    materialise_buffers(model, [model], weights.device)
+    model.tie_weights()
+    if (checkpoint.path / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    left = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
+    assert not left, f"without a value after loading: {left}"
+    return model.requires_grad_(requires_grad=False).eval()
+
+
+def _coded(name: str, linear: nn.Module, weights: Weights) -> QuantLinear:
+    try:
+        layer = weights.layer(name)
+    except BitlatheError as error:
+        raise CheckpointError(f"{weights.checkpoint.path}, {name}: {error}") from error
+    bias = weights.read([f"{name}.bias"])[f"{name}.bias"] if "bias" in linear.state_dict() else None
+    return QuantLinear(layer.weight, bias, weights.dtype).to(weights.device)
+
+
+def _fill(name: str, module: nn.Module, weights: Weights) -> None:
+    """Give a module, without its children, the tensors of the file; tied ones get theirs later."""
+    prefix = f"{name}." if name else ""
+    own = [key for key in module.state_dict() if "." not in key and f"{prefix}{key}" not in weights.tied]
+    read = weights.read(f"{prefix}{key}" for key in own)
+    module.load_state_dict({key: read[f"{prefix}{key}"] for key in own}, strict=False, assign=True)
