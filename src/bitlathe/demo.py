@@ -67,11 +67,15 @@ def _in_new_process(module: str, *arguments: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def _continued(model: Any, folder: Path) -> str:
-    """The prompt and how the model goes on, each token the likeliest, in one line."""
+    """The prompt and how the model goes on, each token the likeliest that repeats no three tokens, in one line."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(_PROMPT, return_tensors="pt", add_special_tokens=False)
     written = model.generate(
-        input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], max_new_tokens=_NEW_TOKENS, do_sample=False
+        input_ids=tokens["input_ids"],
+        attention_mask=tokens["attention_mask"],
+        max_new_tokens=_NEW_TOKENS,
+        do_sample=False,
+        no_repeat_ngram_size=3,
     )
     return " ".join(tokenizer.decode(written[0], skip_special_tokens=True).split())
 

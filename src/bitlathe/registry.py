@@ -15,7 +15,7 @@ from bitlathe.errors import RecipeError
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """" Did you mean 'x'?" where something in `known` is close to `name`, else nothing."""
+    """A sentence to append: " Did you mean ...?" where something in `known` is close to `name`, else nothing."""
     close = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
 
