@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitlathe.formats import FORMATS
 from bitlathe.formats.base import Format, QuantLayer
-from bitlathe.io.writer import Writer
+from bitlathe.io.writer import Writer, require_room
 from bitlathe.model.block import Block
 from bitlathe.model.hidden import Budget
 from bitlathe.model.walk import Start, Step, begin, walk
@@ -53,6 +53,8 @@ def run(recipe: Recipe, *, restart: bool, listen: Listener) -> Plan:
         if writer.finished:
             listen(Note(f"{recipe.out} already holds this very result: nothing was done"))
             return ready.plan
+        if not writer.done:
+            require_room(recipe.out, ready.bytes_needed())
         tail = None
         for step in walk(ready.skeleton, ready.weights, _start(ready, writer), batch_size=recipe.batch_size):
             listen(_turn(ready, writer, step, listen))
@@ -76,7 +78,7 @@ def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener) -> Bloc
     if block.index in writer.done:
         layers = _stored_layers(ready, writer, block)
         block.freeze(layers)
-        return BlockReport(**{**writer.done[block.index]["report"], "resumed": True})
+        return BlockReport(**{**writer.done[block.index], "resumed": True})
     started = time.perf_counter()
     schemes = {name: scheme for name, scheme in ready.plan.quantized.items() if name in block.linears}
     tuned = _tune(ready, step, schemes, listen)
@@ -100,7 +102,7 @@ def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener) -> Bloc
             stream: kept | _encoded(named(stream, FORMATS, "format")(), tuned.layers, ready.plan.dtype)
             for stream in ready.streams
         },
-        {"report": report.model_dump()},
+        report.model_dump(),
     )
     return report
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor
 
-from bitlathe.errors import CheckpointError, PlanError
+from bitlathe.errors import CheckpointError, OutputError, PlanError
 from bitlathe.formats import FORMATS
 from bitlathe.formats.base import Format
 from bitlathe.io.checkpoint import Checkpoint
-from bitlathe.io.writer import require_room
 from bitlathe.model.calib import characters_for, text_of, tokenizer_of, windows_of
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.source import config_dtype, device_named, open_model
@@ -49,6 +49,14 @@ class Prepared:
         """What is written while the run goes on: every format asked for, and the codes to resume from."""
         return tuple(dict.fromkeys((CODES, *self.formats)))
 
+    def bytes_needed(self) -> int:
+        """What the streams will take on the disk, about."""
+        linears = self.skeleton.linears
+        coded = sum(scheme.bits(linears[name]) // 8 for name, scheme in self.plan.quantized.items())
+        names = {f"{name}.weight" for name in self.plan.quantized}
+        kept = sum(2 * prod(shape) for name, shape in self.skeleton.shapes.items() if name not in names)
+        return len(self.streams) * (coded + kept)
+
     def fingerprint(self) -> dict[str, str]:
         """What the result depends on, part by part."""
         text = b"" if self.tokens is None else self.tokens.numpy().tobytes()
@@ -66,6 +74,8 @@ def prepare(recipe: Recipe) -> Prepared:
     formats = {name: named(name, FORMATS, "format")() for name in recipe.formats}
     tuner = named(recipe.tuner, TUNERS, "tuner").of(recipe.tuning())
     checkpoint = Checkpoint(recipe.model)
+    if recipe.out.absolute().is_relative_to(checkpoint.path.absolute()):
+        raise OutputError(f"--out {recipe.out} is the model's own folder, or inside it. Choose another folder for the result")
     stored = config_dtype(checkpoint.config)
     asked = recipe.dtype if recipe.dtype != "auto" else stored
     dtype = "fp16" if asked == "fp16" else "bf16"
@@ -91,7 +101,6 @@ def prepare(recipe: Recipe) -> Prepared:
     tokens, notes = _calibration(recipe, checkpoint.path) if tuner.streams else (None, ())
     if dtype != stored:
         notes = (*notes, f"the model is stored in {stored}; the result and everything measured on the way is in {dtype}")
-    require_room(recipe.out, _bytes_needed(skeleton, plan, copies=len(dict.fromkeys((CODES, *formats)))))
     return Prepared(recipe, skeleton, weights, plan, reasons, formats, tuner, tokens, notes)
 
 
@@ -105,16 +114,3 @@ def _calibration(recipe: Recipe, folder: Path) -> tuple[Tensor, tuple[str, ...]]
             f"{recipe.samples}: all of them are used",
         )
     return tokens, ()
-
-
-def _bytes_needed(skeleton: Skeleton, plan: Plan, *, copies: int) -> int:
-    linears = sum(
-        (16 * shape[0] * shape[1] if name not in plan.quantized else plan.quantized[name].bits(shape)) // 8
-        for name, shape in skeleton.linears.items()
-    )
-    other = sum(
-        2 * torch.Size(shape).numel()
-        for name, shape in skeleton.shapes.items()
-        if name.removesuffix(".weight") not in plan.linears
-    )
-    return copies * (linears + other)

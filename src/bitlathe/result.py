@@ -48,7 +48,7 @@ def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, second
         "kept": ready.kept,
         "notes": list(ready.notes),
         "versions": {package: version(package) for package in _VERSIONS},
-        "blocks": [writer.done[shard]["report"] for shard in sorted(writer.done)],
+        "blocks": [writer.done[shard] for shard in sorted(writer.done)],
         "linears": len(ready.plan.linears),
         "quantized": len(ready.plan.quantized),
         "sizes": sizes,

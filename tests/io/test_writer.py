@@ -79,13 +79,20 @@ def test_a_whole_run(tmp_path: Path) -> None:
         opened.finish({"native": (out, FILES | {"report.json": b'{"blocks": 3}'})})
         assert opened.finished
     names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert sorted(content(out)) == ["config.json", *names, "model.safetensors.index.json", "report.json", "tokenizer.json"]
+    assert sorted(content(out)) == [
+        "config.json",
+        *names,
+        "model.safetensors.index.json",
+        "progress.jsonl",
+        "report.json",
+        "tokenizer.json",
+    ]
     index = json.loads((out / "model.safetensors.index.json").read_bytes())
     assert index["metadata"]["total_size"] == 3 * (24 + 12)
     assert index["weight_map"]["layers.2.bias"] == names[2]
     report = json.loads((out / "report.json").read_bytes())
     assert (report["blocks"], report["tool"], report["fingerprint"]) == (3, "bitlathe", {"recipe": "a", "model": "m"})
-    assert report["files"] == sorted(content(out))
+    assert report["files"] == sorted(set(content(out)) - {"progress.jsonl"})  # which lies in `out` wherever the rest goes
 
     found = Checkpoint(out)
     assert found.config == {"model_type": "llama"}
@@ -100,7 +107,7 @@ def test_streams_go_to_their_folders_or_nowhere(tmp_path: Path) -> None:
     with Writer(out, **arguments) as opened:
         opened.put(0, {stream: {f"{stream}.x": torch.ones(2)} for stream in streams}, {})
         opened.finish({"native": (out / "native", FILES), "dense": (out / "dense", FILES), "dropped": (None, {})})
-    assert sorted(path.name for path in out.iterdir()) == ["dense", "native"]
+    assert sorted(path.name for path in out.iterdir()) == ["dense", "native", "progress.jsonl"]
     for stream in ("dense", "native"):
         assert list(Checkpoint(out / stream).header) == [f"{stream}.x"]
         assert (out / stream / "model.safetensors.index.json").exists()
@@ -161,7 +168,11 @@ def test_a_run_continues_after_what_is_finished(tmp_path: Path) -> None:
     with writer(out) as opened:
         put(opened, 0, 2)
         (opened.work / "spill").write_bytes(b"much")
+        told = (out / "progress.jsonl").read_bytes()
+        assert told == b'{"loss": 0.0}\n{"loss": 1.0}\n'
+    (out / "progress.jsonl").write_bytes(told[:-3])
     with writer(out) as opened:
+        assert (out / "progress.jsonl").read_bytes() == told
         assert opened.done == {0: {"loss": 0.0}, 2: {"loss": 1.0}}
         assert torch.equal(opened.read("native", 2)["layers.2.bias"], torch.ones(3))
         assert list(opened.work.iterdir()) == []
@@ -355,7 +366,8 @@ def test_a_finished_result_of_another_kind(tmp_path: Path) -> None:
     assert content(out) == before
     with writer(out, recipe="b", restart=True) as opened:
         assert not opened.finished
-        assert sorted(path.name for path in out.iterdir()) == [STATE, "notes.txt"]
+        assert sorted(path.name for path in out.iterdir()) == [STATE, "notes.txt", "progress.jsonl"]
+        assert (out / "progress.jsonl").read_bytes() == b""
     whole_run(out, recipe="b")
     assert (out / "notes.txt").read_text() == "mine"
     assert json.loads((out / "report.json").read_bytes())["fingerprint"]["recipe"] == "b"

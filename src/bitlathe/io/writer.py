@@ -1,5 +1,6 @@
 """The result's folder: shards and a journal while running, whole checkpoints at the end.
 
+    OUT/progress.jsonl             the records of the finished shards, a line each, for people and programs that watch
     OUT/.bitlathe/lock             held by the run that writes here; the system frees it when the process dies
     OUT/.bitlathe/fingerprint      what this run is: a run of another recipe, model, text or version must not continue it
     OUT/.bitlathe/journal.jsonl    one line for each finished shard, appended after the shard's files are safe on disk
@@ -36,6 +37,7 @@ from bitlathe.io.sizes import human
 
 STATE = ".bitlathe"
 REPORT = "report.json"
+PROGRESS = "progress.jsonl"
 TOOL = "bitlathe"
 
 Results = Mapping[str, tuple[Path | None, Mapping[str, bytes]]]
@@ -100,7 +102,7 @@ class Writer:
         """
         if set(tensors) != set(self.streams) or not 0 <= index < self.shards:
             raise ValueError(f"shard {index} of {sorted(tensors)}: expected one of {self.shards} shards of {self.streams}")
-        line = json.dumps({"shard": index, **record}).encode() + b"\n"
+        line = _line({"shard": index, **record})
         with self._disk():
             for stream, named in tensors.items():
                 with _aside(self._state / stream / self._name(index)) as aside:
@@ -113,6 +115,8 @@ class Writer:
                 journal.flush()
                 os.fsync(journal.fileno())
                 self._journal_end = journal.tell()
+            with (self.out / PROGRESS).open("ab") as progress:
+                progress.write(_line(record))
         self.done |= _records(line)
 
     def read(self, stream: str, index: int) -> dict[str, Tensor]:
@@ -156,6 +160,7 @@ class Writer:
                 }
                 report = _json({**json.loads(extra.get(REPORT, b"{}")), **facts})
                 self._place(stream, to, {**extra, REPORT: report})
+            self._tell()
             # from here on the result is whole; without a fingerprint the rest is rubbish
             (self._state / "fingerprint").unlink()
             self._clear()
@@ -181,6 +186,10 @@ class Writer:
             self._write(to / name, content)
         _sync(to)
 
+    def _tell(self) -> None:
+        """Bring what is said to those who watch to what is so: a kill may have come between the two."""
+        self._write(self.out / PROGRESS, b"".join(_line(record) for _, record in sorted(self.done.items())))
+
     def _open(self) -> None:
         """Find out what is in the folder, under the lock."""
         if self._restart and not (self._state / "discard.json").exists():
@@ -199,6 +208,7 @@ class Writer:
                 (self._state / stream).mkdir()
             (self._state / "journal.jsonl").touch()
             self._write(self._state / "fingerprint", _json(self._identity()))
+        self._tell()
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
 
@@ -246,7 +256,7 @@ class Writer:
             listed += [(self.out / row["folder"], row["files"]) for row in plan.values()]
         # the last part of a name only: a list that was tampered with must not reach outside
         paths = {folder / Path(name).name for folder, names in listed for name in names}
-        return sorted(path.relative_to(self.out).as_posix() for path in paths)
+        return sorted(path.relative_to(self.out).as_posix() for path in (*paths, self.out / PROGRESS))
 
     def _discard(self) -> None:
         """Delete an earlier run. Killed here, the next run goes on deleting before it does anything else."""
@@ -353,7 +363,7 @@ def _refuse_foreign(out: Path) -> None:
         raise OutputError(f"{out} is a file; choose a folder that does not exist yet")
     entries = list(out.iterdir()) if out.exists() else []
     reports = _reports(out)
-    ours = out / STATE in entries or out in reports or all(entry in reports for entry in entries)
+    ours = out / STATE in entries or out in reports or all(entry in reports or entry.name == PROGRESS for entry in entries)
     if not ours:
         raise OutputError(f"{out} exists and holds files that are not a result of {TOOL}; choose a new or an empty folder")
 
@@ -421,6 +431,10 @@ def _records(lines: bytes) -> dict[int, dict[str, Any]]:
 
 def _differences(found: Mapping[str, str], asked: Mapping[str, str]) -> str:
     return ", ".join(sorted(name for name in found.keys() | asked.keys() if found.get(name) != asked.get(name)))
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

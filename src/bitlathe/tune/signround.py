@@ -101,10 +101,12 @@ class SignRound:
 def start_of(weight: Tensor, scheme: Scheme) -> Learned:
     """Offsets at 0 and the whole range: where the descent starts."""
     blocks = scheme.blocks((weight.shape[0], weight.shape[1]))
+    offset = torch.zeros_like(weight, dtype=torch.float32)
+    if scheme.block == (0, 0):
+        # One scale a tensor is shared by its fused group, so no member may move it.
+        return Learned(offset=offset)
     ones = torch.ones(blocks, device=weight.device)
-    return Learned(
-        offset=torch.zeros_like(weight, dtype=torch.float32), low=ones.clone() if scheme.asymmetric else None, high=ones
-    )
+    return Learned(offset=offset, low=ones.clone() if scheme.asymmetric else None, high=ones)
 
 
 @torch.no_grad()
