@@ -1,0 +1,106 @@
+"""`import bitlathe.hf`: transformers learns to load the native format.
+
+After it, `AutoModelForCausalLM.from_pretrained(folder)` gives the model that `bitlathe.load(folder)` gives, bit for bit, and
+its own arguments (dtype, device_map) keep their meaning. Without it transformers stops at the first quantized linear.
+
+While the weights are read, a module that holds the streams of codes stands where each quantized linear was; transformers casts
+floats and finds only integers. Then each turns its codes into the weight they stand for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitlathe.errors import FormatError
+from bitlathe.formats.native import METHOD, Native
+from bitlathe.model.weights import DTYPES
+from bitlathe.numerics.project import dequantize
+from bitlathe.numerics.scheme import Scheme
+from bitlathe.plan import Plan
+
+
+class CodedLinear(nn.Module):
+    """A linear that is loaded as codes. Until `settle` its buffers are the streams of the native format; after, `weight`."""
+
+    def __init__(self, linear: nn.Linear, scheme: Scheme) -> None:
+        super().__init__()
+        self.scheme, self.shape, self.dtype = scheme, (linear.out_features, linear.in_features), linear.weight.dtype
+        for name, (dtype, shape) in Native().layout(scheme, self.shape).items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+        self.bias = linear.bias
+
+    def settle(self, dtype: torch.dtype) -> None:
+        """Replace the streams by the weight they stand for. dtype: the plan's; the weight is cast to the model's own after."""
+        streams = dict(self.named_buffers(recurse=False))
+        layer = Native().decode(streams, self.scheme, self.shape)
+        for name in streams:
+            delattr(self, name)
+        self.weight = nn.Parameter(dequantize(layer.weight, dtype).to(self.dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] to [..., outputs]."""
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.shape[1]}, out_features={self.shape[0]}, bias={self.bias is not None}, grid={self.scheme.grid}"
+        )
+
+
+@register_quantization_config(METHOD)
+class BitlatheConfig(QuantizationConfigMixin):
+    """The native format's part of config.json, as it is there."""
+
+    def __init__(self, **stored: Any) -> None:
+        self.quant_method: Any = METHOD
+        self.stored = stored
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return dict(self.stored)
+
+
+@register_quantizer(METHOD)
+class BitlatheQuantizer(HfQuantizer):
+    """Loads the native format; it quantizes nothing itself, and what it loaded is not trained or saved again."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        for name, scheme in self._plan(list(linears)).quantized.items():
+            parent, _, child = name.rpartition(".")
+            model.get_submodule(parent).register_module(child, CodedLinear(linears[name], scheme))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        dtype = DTYPES[str(self.quantization_config.to_dict()["dtype"])]
+        for name, module in model.named_modules():
+            if isinstance(module, CodedLinear):
+                if any(buffer.is_meta for buffer in module.buffers()):
+                    raise FormatError(
+                        f"the device_map moves {name} out of memory, where its codes cannot be decoded. Give a device_map that "
+                        "keeps every quantized linear on one device, or use bitlathe.load"
+                    )
+                module.settle(dtype)
+        return model
+
+    def _plan(self, linears: list[str]) -> Plan:
+        return Native().parse(self.quantization_config.to_dict(), linears)
+
+    def is_serializable(self) -> Any:
+        """False: saving would write dequantized weights under a configuration of codes."""
+        return False
+
+    @property
+    def is_trainable(self) -> Any:
+        """False: a step on the weights would leave the codes behind."""
+        return False
