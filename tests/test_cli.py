@@ -170,7 +170,7 @@ def test_quantize_passes_everything_on(asked: dict[str, dict[str, Any]], tmp_pat
 
 def test_the_summary_says_what_was_made_and_where(asked: dict[str, dict[str, Any]]) -> None:
     output = invoke("quantize", "builtin", "--out", "out").output
-    for words in ("Quantized 1 of 2 linears", "lm_head (the output head)", "4.12 bits", "10.06", "bitlathe.load('out')"):
+    for words in ("Quantized 1 of 2 linears", "lm_head (the output head)", "4.125 bits", "10.062", "bitlathe.load('out')"):
         assert words in output, output
 
 
@@ -229,7 +229,7 @@ def test_json_is_one_object_and_nothing_else(asked: dict[str, dict[str, Any]], c
 
 def test_inspect_shows_every_linear(asked: dict[str, dict[str, Any]]) -> None:
     output = invoke("inspect", "out").stdout
-    for words in ("a.q_proj", "W4A16", "8x128", "4.12", "528", "lm_head", "kept", "the output head", "2.5 KiB"):
+    for words in ("a.q_proj", "W4A16", "8x128", "4.125", "528", "lm_head", "kept", "the output head", "2.5 KiB"):
         assert words in output, output
 
 

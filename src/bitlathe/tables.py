@@ -128,7 +128,7 @@ def _figure(figure: Mapping[str, float | None]) -> tuple[str, str]:
 
 
 def _bits(bits: float | None) -> str:
-    return "-" if bits is None else f"{bits:.2f}"
+    return "-" if bits is None else f"{bits:.3f}"
 
 
 def _block(scheme: Scheme) -> str:
