@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
+from compressed_tensors.compressors.mx_utils import decompress_mx_scale
 from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
@@ -47,8 +48,9 @@ def facts(q: QuantTensor | None) -> object:
 
 
 def accepted(format: Format) -> list[tuple[str, Dtype]]:
-    pairs: list[tuple[str, Dtype]] = [(name, dtype) for name in SCHEMES for dtype in ("bf16", "fp16")]
-    return [pair for pair in pairs if format.name == "native" or pair[1] == "bf16" or pair[0] not in BF16_ONLY]
+    bf16: list[tuple[str, Dtype]] = [(name, "bf16") for name in SCHEMES]
+    fp16: list[tuple[str, Dtype]] = [(name, "fp16") for name in SCHEMES if "G32" in name or not name.startswith("W")]
+    return bf16 + [pair for pair in fp16 if format.name == "native" or pair[0] not in BF16_ONLY]
 
 
 CASES = [(format, name, dtype) for format in HELD for name, dtype in accepted(HELD[format])]
@@ -167,6 +169,21 @@ def test_compressed_tensors_fp4_bytes() -> None:
     assert tensors["weight_global_scale"].tolist() == [4.0]
 
 
+def test_compressed_tensors_fp8_bytes() -> None:
+    scheme = SCHEMES["FP8_TENSOR"]
+    scale = QuantTensor(Scheme(grid="BF16"), (1, 1), torch.tensor([[0.5]], dtype=torch.bfloat16))
+    codes = torch.tensor([[1.0, -448.0]]).to(torch.float8_e4m3fn)
+    tensors = CompressedTensors().encode(QuantLayer(QuantTensor(scheme, (1, 2), codes, scale)), "bf16")
+    assert tensors["weight"].dtype == torch.float8_e4m3fn
+    assert tensors["weight"].view(torch.uint8).tolist() == [[0x38, 0xFE]]
+    assert tensors["weight_scale"].tolist() == [0.5]
+
+
+def test_the_library_decodes_every_power_of_two_exactly() -> None:
+    exponents = torch.arange(1, 255, dtype=torch.uint8)
+    assert decompress_mx_scale(exponents).tolist() == [2.0 ** (exponent - 127) for exponent in range(1, 255)]
+
+
 @pytest.mark.parametrize("format", HELD.values(), ids=HELD)
 def test_tensors_of_another_linear_are_refused(format: Format) -> None:
     scheme = SCHEMES["W4A16"]
@@ -279,7 +296,7 @@ def test_a_configuration_of_another_writer_is_read() -> None:
         (group() | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "kv_cache_scheme"),
         (group() | {"transform_config": {"config_groups": {"R4": {}}}}, "transform_config"),
         (group() | {"format": "int-quantized"}, "int-quantized with num_bits 4"),
-        (group(num_bits=6, type="float"), "type float"),
+        (group(num_bits=8, type="float"), "type float"),
         (group(type="float", symmetric=False, strategy="tensor", group_size=None) | {"format": "float-quantized"}, "symmetric"),
         (group(num_bits=1), "num_bits 1"),
         (group() | {"config_groups": {"group_0": {"targets": ["Linear"], "what": 1}}}, "does not accept"),

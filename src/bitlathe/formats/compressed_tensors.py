@@ -298,7 +298,7 @@ def _encode(q: QuantTensor) -> dict[str, Tensor]:
         "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
     }
     if q.zero is not None:
-        tensors["weight_zero_point"] = pack_to_int32(_signed(q.zero, bits), bits, packed_dim=0)
+        tensors["weight_zero_point"] = pack_to_int32(_signed(q.zero, bits), bits, packed_dim=0).contiguous()
     return tensors
 
 
