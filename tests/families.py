@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantized_folder import random_model
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from quantized_folder import random_model
 
 VOCABULARY = 96
 _LETTERS = string.ascii_letters + string.digits

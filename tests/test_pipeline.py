@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, save_model, write_text
 from safetensors.torch import load_file
 
 import bitlathe
@@ -22,6 +21,7 @@ from bitlathe.model.walk import walk
 from bitlathe.pipeline import run
 from bitlathe.recipe import merge
 from bitlathe.report import BlockReport, Event, Note, Step, inspect, read_report
+from families import FAMILIES, VOCABULARY, save_model, write_text
 
 TOKENS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
 SMALL: dict[str, Any] = {"samples": 6, "seqlen": 24, "batch_size": 2, "iters": 4, "scheme": "W4A16G32"}
@@ -307,4 +307,4 @@ def test_a_source_that_vanishes_leaves_the_finished_blocks(tmp_path: Path, text:
         run(merge(recipe), restart=False, listen=listen)
     (tmp_path / "hidden").rename(weights)
     blocks = listen_to(merge(recipe), BlockReport)
-    assert [block.resumed for block in blocks][0]
+    assert blocks[0].resumed

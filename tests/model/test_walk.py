@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +17,7 @@ from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.hidden import Budget
 from bitlathe.model.source import open_model
 from bitlathe.model.walk import begin, walk
+from families import FAMILIES, VOCABULARY, save_model
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(0))

@@ -18,6 +18,8 @@ from bitlathe.registry import resolve
 # quant_method of config.json -> format that reads it
 _METHODS: dict[str, str] = {"bitlathe": "native", "compressed-tensors": "compressed-tensors"}
 
+_LONG: dict[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
 
 def device_named(name: str) -> torch.device:
     """The device that "auto", "cpu", "cuda" or "cuda:i" means here. Raises RecipeError for one that is not there."""
@@ -44,21 +46,20 @@ def open_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
         checkpoint.expect(skeleton.shapes)
         return skeleton, weights
     format = _format_of(quantization, checkpoint)
-    plan = format.parse(quantization, list(linears))
+    # Another program's config may leave the dtype of the scales to the model's.
+    plan = format.parse({"dtype": _LONG[stored], **quantization}, list(linears))
     coded = {f"{name}.weight" for name in plan.quantized}
     checkpoint.expect({name: shape for name, shape in skeleton.shapes.items() if name not in coded})
-    if plan.dtype != stored:
-        plan = plan.model_copy(update={"dtype": stored})
     return skeleton, replace(weights, plan=plan, format=format)
 
 
 def config_dtype(config: dict[str, Any]) -> str:
     """The dtype a config.json names ("bf16", "fp16" or "fp32"), under its new or its old key."""
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-    if name not in names:
-        raise CheckpointError(f"config.json names the dtype {name!r}; what can be read is {', '.join(names)}")
-    return names[name]
+    for short, long in _LONG.items():
+        if name == long:
+            return short
+    raise CheckpointError(f"config.json names the dtype {name!r}; what can be read is {', '.join(_LONG.values())}")
 
 
 def _format_of(quantization: dict[str, Any], checkpoint: Checkpoint) -> Format:

@@ -1,0 +1,1 @@
+"""Figures, measured and printed; nothing here is a test."""
