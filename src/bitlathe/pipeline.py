@@ -144,6 +144,6 @@ def _stored_layers(ready: Prepared, writer: Writer, block: Block) -> dict[str, Q
     for name in block.linears:
         if name in ready.plan.quantized:
             own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-            own.pop("bias", None)
+            own = {key: value.to(ready.weights.device) for key, value in own.items() if key != "bias"}
             layers[name] = codes.decode(own, ready.plan.quantized[name], ready.skeleton.linears[name])
     return layers

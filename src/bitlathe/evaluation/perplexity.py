@@ -29,19 +29,39 @@ from bitlathe.model.weights import Weights
 
 # Windows of a Hub dataset that are read when no number of windows is asked for.
 _WINDOWS = 128
+# Tokens whose logits are held at a time.
+_TOKENS = 512
 # Resamplings of the windows behind a standard error (bootstrap; Efron, 1979).
 _RESAMPLES = 200
 
 
 @dataclass(frozen=True)
 class Tokenwise:
-    """What was measured, token by token. nll: negative log-likelihood of the next token, nats [windows, tokens - 1]. kl:
-    KL(original || model) of the prediction after each token, nats [windows, tokens]. agree: whether both rank the same token
-    first [windows, tokens]. The last two are None without an original."""
+    """What was measured, token by token, in float64.
+
+    nll: negative log-likelihood of the next token, nats [windows, tokens - 1]. kl: KL(original || model) of the prediction after
+    each token, nats [windows, tokens]. agree: 1 where both rank the same token first [windows, tokens]. The last two are None
+    without an original.
+    """
 
     nll: Tensor
-    kl: Tensor | None = None
-    agree: Tensor | None = None
+    kl: Tensor | None
+    agree: Tensor | None
+
+    @classmethod
+    def empty(cls, windows: int, tokens: int, *, compared: bool) -> Tokenwise:
+        """Room for so much text, to be filled part by part."""
+        kl, agree = (torch.empty(windows, tokens, dtype=torch.float64) if compared else None for _ in range(2))
+        return cls(torch.empty(windows, tokens - 1, dtype=torch.float64), kl, agree)
+
+    def take(self, row: int, part: slice, nll: Tensor) -> None:
+        """Put in the likelihoods of a part of a window."""
+        self.nll[row, part] = nll.double().cpu()
+
+    def compare(self, row: int, part: slice, kl: Tensor, agree: Tensor) -> None:
+        """Put in the comparison of a part of a window."""
+        assert self.kl is not None and self.agree is not None
+        self.kl[row, part], self.agree[row, part] = kl.double().cpu(), agree.double().cpu()
 
 
 def evaluate(
@@ -109,27 +129,32 @@ def _run(skeleton: Skeleton, weights: Weights, start: Any) -> None:
 def _compare(
     tokens_NT: Tensor, model: tuple[Hidden, Block], original: tuple[Hidden, Block] | None
 ) -> tuple[Tokenwise, Tokenwise | None]:
-    """Window by window, because logits are too wide to keep."""
-    ours: list[tuple[Tensor, ...]] = []
-    theirs: list[Tensor] = []
-    for row in range(len(tokens_NT)):
-        following = tokens_NT[row, 1:]
-        log_q = _log_probabilities(model, row)
-        nll = F.nll_loss(log_q[:-1].cpu(), following, reduction="none")
-        if original is None:
-            ours.append((nll,))
-            continue
-        log_p = _log_probabilities(original, row)
-        theirs.append(F.nll_loss(log_p[:-1].cpu(), following, reduction="none"))
-        kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-        ours.append((nll, kl.cpu(), (log_q.argmax(-1) == log_p.argmax(-1)).cpu()))
-    stacked = [torch.stack(column) for column in zip(*ours, strict=True)]
-    return Tokenwise(*stacked), Tokenwise(torch.stack(theirs)) if theirs else None
+    """A few tokens at a time, because logits are too wide to keep."""
+    windows, length = tokens_NT.shape
+    ours = Tokenwise.empty(windows, length, compared=original is not None)
+    theirs = None if original is None else Tokenwise.empty(windows, length, compared=False)
+    for row in range(windows):
+        for start in range(0, length, _TOKENS):
+            part = slice(start, min(start + _TOKENS, length))
+            following = tokens_NT[row, part.start + 1 : part.stop + 1]
+            log_q = _log_probabilities(model, row, part)
+            ours.take(row, part, _nll(log_q, following))
+            if original is not None and theirs is not None:
+                log_p = _log_probabilities(original, row, part)
+                theirs.take(row, part, _nll(log_p, following))
+                kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+                ours.compare(row, part, kl, log_q.argmax(-1) == log_p.argmax(-1))
+    return ours, theirs
 
 
-def _log_probabilities(model: tuple[Hidden, Block], row: int) -> Tensor:
+def _log_probabilities(model: tuple[Hidden, Block], row: int, part: slice) -> Tensor:
     hidden, head = model
-    return F.log_softmax(head(hidden[row : row + 1])[0].float(), dim=-1)
+    return F.log_softmax(head(hidden[row : row + 1][:, part])[0].float(), dim=-1)
+
+
+def _nll(log_probabilities: Tensor, following: Tensor) -> Tensor:
+    """Of the tokens that follow; the last token of a window has none."""
+    return F.nll_loss(log_probabilities[: len(following)], following.to(log_probabilities.device), reduction="none")
 
 
 def _statistics(found: Tokenwise) -> dict[str, Any]:
@@ -141,10 +166,10 @@ def _statistics(found: Tokenwise) -> dict[str, Any]:
             "kl_median": (found.kl, partial(_quantile, at=0.5)),
             "kl_99": (found.kl, partial(_quantile, at=0.99)),
             "kl_max": (found.kl, torch.max),
-            "top1_agreement": (found.agree.double(), torch.mean),
+            "top1_agreement": (found.agree, torch.mean),
         }
     return {
-        name: {"value": figure(values.double()).item(), "error": _standard_error(values.double(), figure)}
+        name: {"value": figure(values).item(), "error": _standard_error(values, figure)}
         for name, (values, figure) in figures.items()
     }
 
