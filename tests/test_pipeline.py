@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import bitlathe
+import bitlathe.hf
 from bitlathe.errors import OutputError, ResumeError
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.source import open_model
@@ -141,6 +143,9 @@ def test_several_formats_hold_the_same_weights(tmp_path: Path, text: Path) -> No
     plan = bitlathe.quantize(str(tmp_path / "m"), out=tmp_path / "q", calib=str(text), formats=formats, **SMALL)
     assert sorted(path.name for path in (tmp_path / "q").iterdir()) == sorted([*formats, "progress.jsonl"])
     first, *others = [bitlathe.load(tmp_path / "q" / name, "cpu") for name in formats]
+    others += [AutoModelForCausalLM.from_pretrained(tmp_path / "q" / name) for name in formats]
+    with torch.no_grad():  # also where compressed-tensors decompresses
+        assert all(torch.equal(other(TOKENS).logits, first(TOKENS).logits) for other in others)
     for name in plan.quantized:
         weight = first.get_submodule(name).weight
         assert all(torch.equal(weight, other.get_submodule(name).weight) for other in others)

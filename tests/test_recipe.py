@@ -184,3 +184,9 @@ def test_registries_resolve_by_name() -> None:
         resolve("pathtipe", table, "thing")
     assert canonical("FAKE", FORMATS, "format", ALIASES) == "dense"
     assert did_you_mean("zzz", TUNERS) == ""
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_recipes_are_whole(path: Path) -> None:
+    recipe = merge({"model": "m", "out": "q"}, read_yaml(path))
+    assert path.stem == f"{recipe.scheme.lower()}-{recipe.tuner}"

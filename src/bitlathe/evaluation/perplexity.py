@@ -39,9 +39,9 @@ _RESAMPLES = 200
 class Tokenwise:
     """What was measured, token by token, in float64.
 
-    nll: negative log-likelihood of the next token, nats [windows, tokens - 1]. kl: KL(original || model) of the prediction after
-    each token, nats [windows, tokens]. agree: 1 where both rank the same token first [windows, tokens]. The last two are None
-    without an original.
+    nll: negative log-likelihood of the next token, nats [windows, tokens - 1]. kl: KL(original || model) of the prediction
+    after each token, nats [windows, tokens]. agree: 1 where both rank the same token first [windows, tokens]. The last two are
+    None without an original.
     """
 
     nll: Tensor
