@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from bitlathe.arch import Arch, arch_for
-from bitlathe.errors import UnsupportedModel
+from bitlathe.errors import CheckpointError, UnsupportedModel
+from bitlathe.io.checkpoint import CONFIG, Checkpoint
 from bitlathe.model.block import Block
 from bitlathe.model.buffers import materialise_buffers
 from bitlathe.model.weights import Weights
@@ -154,20 +155,27 @@ class Front:
         return hidden, [tap.call for tap in self.taps]
 
 
-def read_config(folder: Path) -> PretrainedConfig:
+def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The model's configuration, without what an earlier quantization put into it."""
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path)
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"transformers does not accept {checkpoint.path / CONFIG}: {error}. Take the {CONFIG} that belongs to these weights"
+        ) from error
     vars(config).pop("quantization_config", None)
     return config
 
 
-def skeleton_of(folder: Path, dtype: torch.dtype) -> Skeleton:
-    """The skeleton of the model in `folder`, to be run in `dtype`.
+def skeleton_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
+    """The skeleton of the model in a checkpoint, to be run in `dtype`.
 
-    Raises UnsupportedModel for a family without a table, or with linears that its table does not name.
+    Raises UnsupportedModel for a family without a table, or with linears that its table does not name, and CheckpointError
+    for a configuration that its family does not allow.
     """
-    config = read_config(folder)
-    arch = arch_for(config.to_dict())
+    # First: to a family that it does not know transformers has other answers, among them to offer to run the model's code.
+    arch = arch_for(checkpoint.config)
+    config = read_config(checkpoint)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.requires_grad_(requires_grad=False)

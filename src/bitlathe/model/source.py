@@ -38,7 +38,7 @@ def open_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     Raises CheckpointError for tensors that are missing or wrongly shaped, and for a quantization that cannot be read here.
     """
     stored = config_dtype(checkpoint.config)
-    skeleton = skeleton_of(checkpoint.path, dtype or DTYPES[stored])
+    skeleton = skeleton_of(checkpoint, dtype or DTYPES[stored])
     linears = skeleton.linears
     weights = Weights(checkpoint, linears, skeleton.tied, dtype or DTYPES[stored], device)
     quantization = checkpoint.config.get("quantization_config")
