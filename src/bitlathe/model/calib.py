@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from datasets import load_dataset
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # see io/checkpoint.py
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -48,7 +49,8 @@ def text_of(source: str, purpose: str, *, characters: int) -> list[str]:
             return [path.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
             raise CalibrationError(f"{path} is not UTF-8 text ({error}): convert it, or name another file") from error
-    if path.suffix or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    # ".txt" is a file's; the ".5" of a dataset called v1.5 is not.
+    if path.suffix[1:].isalpha() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise CalibrationError(
             f"the {purpose} text {source!r} is not a file. Name a text file, a dataset of the Hub, or builtin"
         )
@@ -89,7 +91,7 @@ def _dataset_text(name: str, purpose: str, characters: int) -> list[str]:
         raise CalibrationError(
             f"the dataset {name!r} has no column {error}: name one with a text column, or a text file"
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise CalibrationError(
             f"the {purpose} text {name!r} is not a local file, and the Hub cannot be reached for it ({type(error).__name__}). "
             "Two ways out: name a text file of your own, or builtin for the text that comes with the package"
