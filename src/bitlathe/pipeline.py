@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,13 @@ def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener) -> Bloc
     started = time.perf_counter()
     schemes = {name: scheme for name, scheme in ready.plan.quantized.items() if name in block.linears}
     tuned = _tune(ready, step, schemes, listen)
+    if tuned.after is not None and not isfinite(tuned.after):
+        listen(
+            Note(
+                f"{block.name or 'head'}: for this calibration text its output is infinite or NaN, so nothing could be learned "
+                "from it: its linears are rounded to nearest. --dtype bf16 holds larger numbers than fp16"
+            )
+        )
     block.freeze(tuned.layers)
     ram, vram = peak_memory()
     report = BlockReport(

@@ -7,13 +7,13 @@ import resource
 import sys
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from bitlathe.errors import CheckpointError
 from bitlathe.io.checkpoint import Checkpoint, TensorInfo
@@ -31,7 +31,7 @@ class BlockReport(BaseModel):
     """One finished block: a line of progress.jsonl.
 
     block: 0-based. linears: how many were quantized. loss_before, loss_after: mean squared error of the block's output,
-    rounded to nearest and as tuned; None where no text was used. seconds: wall clock. peak_ram, peak_vram: bytes, the highest
+    rounded to nearest and as tuned; None where no text was used or the output is not finite. seconds: wall clock. peak_ram, peak_vram: bytes, the highest
     of the process so far. resumed: taken over from an earlier run instead of tuned.
     """
 
@@ -47,6 +47,12 @@ class BlockReport(BaseModel):
     peak_ram: int
     peak_vram: int
     resumed: bool = False
+
+    @field_validator("loss_before", "loss_after")
+    @classmethod
+    def _known(cls, loss: float | None) -> float | None:
+        # JSON has neither infinity nor NaN.
+        return loss if loss is None or isfinite(loss) else None
 
 
 @dataclass(frozen=True)
