@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitlathe.formats import FORMATS
 from bitlathe.formats.base import Format, QuantLayer
-from bitlathe.io.writer import Writer, require_room
+from bitlathe.io.writer import Writer
 from bitlathe.model.block import Block
 from bitlathe.model.hidden import Budget
 from bitlathe.model.walk import Start, Step, begin, walk
@@ -49,13 +49,16 @@ def run(recipe: Recipe, *, restart: bool, listen: Listener) -> Plan:
         listen(Note(note))
     depth = ready.skeleton.depth
     with Writer(
-        recipe.out, streams=ready.streams, shards=depth + 1, fingerprint=ready.fingerprint(), restart=restart
+        recipe.out,
+        streams=ready.streams,
+        shards=depth + 1,
+        fingerprint=ready.fingerprint(),
+        room=ready.bytes_needed(),
+        restart=restart,
     ) as writer:
         if writer.finished:
             listen(Note(f"{recipe.out} already holds this very result: nothing was done"))
             return ready.plan
-        if not writer.done:
-            require_room(recipe.out, ready.bytes_needed())
         tail = None
         for step in walk(ready.skeleton, ready.weights, _start(ready, writer), batch_size=recipe.batch_size):
             listen(_turn(ready, writer, step, listen))

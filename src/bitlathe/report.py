@@ -31,8 +31,8 @@ class BlockReport(BaseModel):
     """One finished block: a line of progress.jsonl.
 
     block: 0-based. linears: how many were quantized. loss_before, loss_after: mean squared error of the block's output,
-    rounded to nearest and as tuned; None where no text was used or the output is not finite. seconds: wall clock. peak_ram, peak_vram: bytes, the highest
-    of the process so far. resumed: taken over from an earlier run instead of tuned.
+    rounded to nearest and as tuned; None where no text was used or the output is not finite. seconds: wall clock. peak_ram,
+    peak_vram: bytes, the highest of the process so far. resumed: taken over from an earlier run instead of tuned.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

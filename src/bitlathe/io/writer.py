@@ -47,18 +47,26 @@ class Writer:
     """One run's hold on the folder `out`; used in a `with` statement.
 
     streams: the outputs that are written side by side. shards: how many parts each has (the blocks and what is outside them).
-    fingerprint: named parts, each a hash or a version, that must be equal for a run to be continued. restart: throw away what
-    an earlier run left in `out`.
+    fingerprint: named parts, each a hash or a version, that must be equal for a run to be continued. room: bytes that the run
+    will take on the disk. restart: throw away what an earlier run left in `out`.
 
-    Entering raises OutputError when `out` holds files that are not ours, is in use by another run or cannot be written, and
-    ResumeError when it holds a run with another fingerprint. Afterwards:
+    Entering raises OutputError when `out` holds files that are not ours, is in use by another run, cannot be written or, for a
+    run from the beginning, has too little room (then nothing in it has been changed), and ResumeError when it holds a run with
+    another fingerprint. Afterwards:
 
     done: the records of the finished shards. finished: the result is already there and whole; nothing is left to do.
     work: a folder for temporary files, which goes when the run ends.
     """
 
     def __init__(
-        self, out: Path, *, streams: Sequence[str], shards: int, fingerprint: Mapping[str, str], restart: bool = False
+        self,
+        out: Path,
+        *,
+        streams: Sequence[str],
+        shards: int,
+        fingerprint: Mapping[str, str],
+        room: int = 0,
+        restart: bool = False,
     ) -> None:
         self.out = Path(out)
         self.streams = tuple(streams)
@@ -68,7 +76,7 @@ class Writer:
         self.finished = False
         self.work = self.out / STATE / "work"
         self._state = self.out / STATE
-        self._restart = restart
+        self._room, self._restart = room, restart
         self._lock = FileLock(self._state / "lock", timeout=0, thread_local=False)
         self._journal_end = 0
         self._moved: dict[str, Path] = {}  # where an interrupted `finish` was taking each stream
@@ -76,6 +84,7 @@ class Writer:
     def __enter__(self) -> Self:
         with self._disk():
             _refuse_foreign(self.out)
+            self._refuse_crowded()
             self._state.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire()
@@ -189,6 +198,14 @@ class Writer:
     def _tell(self) -> None:
         """Bring what is said to those who watch to what is so: a kill may have come between the two."""
         self._write(self.out / PROGRESS, b"".join(_line(record) for _, record in sorted(self.done.items())))
+
+    def _refuse_crowded(self) -> None:
+        """Raise OutputError where the disk has no room for a run from the beginning. A run that is there had its answer."""
+        if self._restart:
+            earlier = [self.out / name for name in self._earlier_files()] + list(self._state.rglob("*"))
+            require_room(self.out, self._room - sum(path.stat().st_size for path in earlier if path.is_file()))
+        elif not (self._state / "fingerprint").exists() and not _reports(self.out):
+            require_room(self.out, self._room)
 
     def _open(self) -> None:
         """Find out what is in the folder, under the lock."""
