@@ -74,8 +74,7 @@ def prepare(recipe: Recipe) -> Prepared:
     formats = {name: named(name, FORMATS, "format")() for name in recipe.formats}
     tuner = named(recipe.tuner, TUNERS, "tuner").of(recipe.tuning())
     checkpoint = Checkpoint(recipe.model)
-    if recipe.out.absolute().is_relative_to(checkpoint.path.absolute()):
-        raise OutputError(f"--out {recipe.out} is the model's own folder, or inside it. Choose another folder for the result")
+    _refuse_nested(recipe.out, checkpoint.path)
     stored = config_dtype(checkpoint.config)
     asked = recipe.dtype if recipe.dtype != "auto" else stored
     dtype = "fp16" if asked == "fp16" else "bf16"
@@ -102,6 +101,15 @@ def prepare(recipe: Recipe) -> Prepared:
     if dtype != stored:
         notes = (*notes, f"the model is stored in {stored}; the result and everything measured on the way is in {dtype}")
     return Prepared(recipe, skeleton, weights, plan, reasons, formats, tuner, tokens, notes)
+
+
+def _refuse_nested(out: Path, source: Path) -> None:
+    here, there = out.resolve(), source.resolve()
+    if here.is_relative_to(there):
+        raise OutputError(f"--out {out} is the model's own folder, or inside it. Choose another folder for the result")
+    if there.is_relative_to(here):
+        # The model may be an earlier result in `out`, and a restart would delete it.
+        raise OutputError(f"the model {source} is inside of --out {out}. Choose another folder for the result")
 
 
 def _calibration(recipe: Recipe, folder: Path) -> tuple[Tensor, tuple[str, ...]]:
