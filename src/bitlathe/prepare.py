@@ -15,7 +15,7 @@ from bitlathe.errors import CheckpointError, OutputError, PlanError
 from bitlathe.formats import FORMATS
 from bitlathe.formats.base import Format
 from bitlathe.io.checkpoint import Checkpoint
-from bitlathe.model.calib import characters_for, text_of, tokenizer_of, windows_of
+from bitlathe.model.calib import characters_for, refuse_strange_tokens, text_of, tokenizer_of, windows_of
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.source import config_dtype, device_named, open_model
 from bitlathe.model.weights import DTYPES, Weights
@@ -50,12 +50,19 @@ class Prepared:
         return tuple(dict.fromkeys((CODES, *self.formats)))
 
     def bytes_needed(self) -> int:
-        """What the streams will take on the disk, about."""
+        """What the streams and spilled hidden states will take on the disk, about."""
         linears = self.skeleton.linears
         coded = sum(scheme.bits(linears[name]) // 8 for name, scheme in self.plan.quantized.items())
         names = {f"{name}.weight" for name in self.plan.quantized}
         kept = sum(2 * prod(shape) for name, shape in self.skeleton.shapes.items() if name not in names)
-        return len(self.streams) * (coded + kept)
+        return len(self.streams) * (coded + kept) + self._bytes_spilled()
+
+    def _bytes_spilled(self) -> int:
+        if self.tokens is None:
+            return 0
+        # As `Budget` does it: a stream of hidden states lies in memory as long as there is room for the whole of it.
+        stream = self.tokens.numel() * self.skeleton.model.config.hidden_size * self.weights.dtype.itemsize
+        return stream * max(0, self.tuner.streams - self.recipe.memory.activations // stream)
 
     def fingerprint(self) -> dict[str, str]:
         """What the result depends on, part by part."""
@@ -97,7 +104,7 @@ def prepare(recipe: Recipe) -> Prepared:
         raise PlanError("every linear is kept in 16 bits, so there is nothing to do: give a scheme, or fewer overrides")
     for format in formats.values():
         format.check(plan, skeleton.linears, skeleton.fused)
-    tokens, notes = _calibration(recipe, checkpoint.path) if tuner.streams else (None, ())
+    tokens, notes = _calibration(recipe, skeleton, checkpoint.path) if tuner.streams else (None, ())
     if dtype != stored:
         notes = (*notes, f"the model is stored in {stored}; the result and everything measured on the way is in {dtype}")
     return Prepared(recipe, skeleton, weights, plan, reasons, formats, tuner, tokens, notes)
@@ -112,10 +119,11 @@ def _refuse_nested(out: Path, source: Path) -> None:
         raise OutputError(f"the model {source} is inside of --out {out}. Choose another folder for the result")
 
 
-def _calibration(recipe: Recipe, folder: Path) -> tuple[Tensor, tuple[str, ...]]:
+def _calibration(recipe: Recipe, skeleton: Skeleton, folder: Path) -> tuple[Tensor, tuple[str, ...]]:
     tokenizer = tokenizer_of(folder)
     documents = text_of(recipe.calib, "calibration", characters=characters_for(recipe.samples, recipe.seqlen))
     tokens = windows_of(tokenizer, documents, seqlen=recipe.seqlen, count=recipe.samples, seed=recipe.seed)
+    refuse_strange_tokens(tokens, skeleton.model.config.vocab_size, folder)
     if len(tokens) < recipe.samples:
         return tokens, (
             f"the calibration text holds {len(tokens)} windows of {recipe.seqlen} tokens, fewer than --samples "

@@ -20,7 +20,7 @@ from bitlathe.errors import CalibrationError
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.io.sizes import parse_size
 from bitlathe.model.block import Block
-from bitlathe.model.calib import characters_for, text_of, tokenizer_of, windows_of
+from bitlathe.model.calib import characters_for, refuse_strange_tokens, text_of, tokenizer_of, windows_of
 from bitlathe.model.hidden import Budget, Hidden
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.source import device_named, open_model
@@ -115,6 +115,7 @@ def measure(model: Checkpoint, original: Checkpoint | None, tokens_NT: Tensor, *
 def _through(checkpoint: Checkpoint, tokens_NT: Tensor, budget: Budget, device: torch.device) -> tuple[Hidden, Block]:
     """The hidden states after the last block, and the head that turns them into logits."""
     skeleton, weights = open_model(checkpoint, device=device, dtype=torch.float32)
+    refuse_strange_tokens(tokens_NT, skeleton.model.config.vocab_size, checkpoint.path)
     start = begin(skeleton, weights, tokens_NT, budget, streams=1)
     _run(skeleton, weights, start)
     return start.streams[0], skeleton.head(weights)

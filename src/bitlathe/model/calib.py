@@ -78,6 +78,16 @@ def windows_of(
     return windows[:count].clone()
 
 
+def refuse_strange_tokens(tokens_NT: Tensor, vocabulary: int, folder: Path) -> None:
+    """Raise CalibrationError for tokens beyond the `vocabulary` of the model in `folder`."""
+    highest = int(tokens_NT.max())
+    if highest >= vocabulary:
+        raise CalibrationError(
+            f"the tokenizer in {folder} makes the token {highest} of the text, and the model's vocabulary ends at "
+            f"{vocabulary - 1}: it is another model's. Put the model's own tokenizer beside the weights"
+        )
+
+
 def _dataset_text(name: str, purpose: str, characters: int) -> list[str]:
     try:
         rows = load_dataset(name, split="train", streaming=True)
