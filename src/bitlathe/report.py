@@ -79,9 +79,14 @@ Listener = Callable[[Event], None]
 
 def peak_memory() -> tuple[int, int]:
     """Highest resident memory of this process and highest memory allocated on the GPU so far, in bytes."""
-    # ru_maxrss is in KiB on Linux and in bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Linux hands a process its parent's ru_maxrss; this line is its own.
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        ram = int(fields["VmHWM"].split()[0]) * 1024
+    else:
+        # In KiB, but for macOS, where it is in bytes.
+        ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return ram, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
@@ -123,7 +128,7 @@ def read_report(folder: Path | str) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} has no report.json of a finished run ({error})") from error
-    if report.get("tool") != "bitlathe":
+    if not isinstance(report, dict) or report.get("tool") != "bitlathe":
         raise CheckpointError(f"{path} was not written by bitlathe")
     return report
 
@@ -150,7 +155,7 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     """
     checkpoint = Checkpoint(folder)
     skeleton, weights = open_model(checkpoint, device=torch.device("cpu"))
-    report = read_report(checkpoint.path) if (checkpoint.path / REPORT).is_file() else {}
+    report = _own_report(checkpoint.path)
     plan = Plan(**report["plan"]) if report else weights.plan
     schemes = {} if plan is None else plan.quantized
     sizes = sizes_of(checkpoint.header, skeleton.linears, schemes)
@@ -179,11 +184,28 @@ def inspect(folder: str | Path) -> dict[str, Any]:
 
 
 def record_evaluation(folder: str | Path, found: Mapping[str, Any]) -> bool:
-    """Write what was measured into report.json and the model card of a result of ours; False for any other folder."""
+    """Write what was measured into report.json and the model card of a result of ours, and say whether that was done.
+
+    Not done for any other folder, for one that cannot be written, and where a comparison with the original is recorded and
+    `found` has none: the fuller one stays.
+    """
     path = Path(folder)
-    if not (path / REPORT).is_file():
+    report = _own_report(path)
+    if not report or ("against" in (report["evaluation"] or {}) and "against" not in found):
         return False
-    report = read_report(path) | {"evaluation": dict(found)}
-    replace_file(path / REPORT, as_json(report))
-    replace_file(path / CARD, card(report).encode())
+    report |= {"evaluation": dict(found)}
+    files = {REPORT: as_json(report), CARD: card(report).encode()}
+    try:
+        for name, content in files.items():
+            replace_file(path / name, content)
+    except OSError:
+        return False
     return True
+
+
+def _own_report(folder: Path) -> dict[str, Any]:
+    """report.json of a result of ours; empty for any other folder, which may have one of another program."""
+    try:
+        return read_report(folder)
+    except CheckpointError:
+        return {}
