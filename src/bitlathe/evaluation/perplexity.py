@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitlathe.errors import CalibrationError
+from bitlathe.errors import CalibrationError, CheckpointError, RecipeError
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.io.sizes import parse_size
 from bitlathe.model.block import Block
@@ -83,6 +83,11 @@ def evaluate(
     as a fraction. "error" is the standard error over windows (tokens of one window are not independent); a maximum's is that of
     the maximum over so much text, and grows with it. Raises a BitlatheError when a model or the text cannot be used.
     """
+    if seqlen < 2 or (windows is not None and windows < 1):
+        raise RecipeError(
+            f"nothing can be measured with seqlen {seqlen} and windows {windows}. Ask for at least 1 window, of at least 2 tokens: "
+            "the second is the first that is predicted"
+        )
     place = device_named(device)
     model = Checkpoint(folder)
     original = None if against is None else Checkpoint(against)
@@ -104,12 +109,22 @@ def measure(model: Checkpoint, original: Checkpoint | None, tokens_NT: Tensor, *
     with tempfile.TemporaryDirectory(prefix="bitlathe-") as folder:
         budget = Budget(parse_size("4GiB"), Path(folder))
         first = _through(model, tokens_NT, budget, device)
-        if original is None:
-            return _statistics(_compare(tokens_NT, first, None)[0])
-        second = _through(original, tokens_NT, budget, device)
+        second = None if original is None else _through(original, tokens_NT, budget, device)
         ours, theirs = _compare(tokens_NT, first, second)
-    assert theirs is not None
+    _refuse_nothing_said(model, ours)
+    if original is None or theirs is None:
+        return _statistics(ours)
+    _refuse_nothing_said(original, theirs)
     return _statistics(ours) | {"perplexity_against": _statistics(theirs)["perplexity"]}
+
+
+def _refuse_nothing_said(checkpoint: Checkpoint, found: Tokenwise) -> None:
+    bad = int((~torch.isfinite(found.nll).all(dim=1)).sum())
+    if bad:
+        raise CheckpointError(
+            f"{checkpoint.path} makes infinite or NaN predictions in {bad} of {len(found.nll)} windows, so there is nothing to "
+            "measure. It holds damaged weights: fetch it again, or quantize it again from a sound original"
+        )
 
 
 def _through(checkpoint: Checkpoint, tokens_NT: Tensor, budget: Budget, device: torch.device) -> tuple[Hidden, Block]:
