@@ -85,8 +85,8 @@ def evaluate(
     """
     if seqlen < 2 or (windows is not None and windows < 1):
         raise RecipeError(
-            f"nothing can be measured with seqlen {seqlen} and windows {windows}. Ask for at least 1 window, of at least 2 tokens: "
-            "the second is the first that is predicted"
+            f"nothing can be measured with seqlen {seqlen} and windows {windows}. Ask for at least 1 window, of at least 2 "
+            "tokens: the second is the first that is predicted"
         )
     place = device_named(device)
     model = Checkpoint(folder)
