@@ -93,8 +93,13 @@ def _dataset_text(name: str, purpose: str, characters: int) -> list[str]:
         rows = load_dataset(name, split="train", streaming=True)
         documents, length = [], 0
         for row in rows:
-            documents.append(row["text"])
-            length += len(row["text"])
+            text = row["text"]
+            if not isinstance(text, str):
+                raise CalibrationError(
+                    f"the dataset {name!r} holds a {type(text).__name__} in its column 'text': name one of texts, or a text file"
+                )
+            documents.append(text)
+            length += len(text)
             if length >= characters:
                 break
     except KeyError as error:
