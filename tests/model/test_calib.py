@@ -183,7 +183,7 @@ def test_a_dataset_without_text(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("text", [None, 3, ["a"]])
 def test_a_dataset_whose_text_is_none(monkeypatch: pytest.MonkeyPatch, text: object) -> None:
     Hub(monkeypatch, [{"text": text}])
-    with pytest.raises(CalibrationError, match=r"'org/name'.*column 'text'.*or a text file"):
+    with pytest.raises(CalibrationError, match=r"'org/name'.*column 'text'.*or a file"):
         text_of("org/name", "calibration", characters=10)
 
 

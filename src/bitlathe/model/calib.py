@@ -96,7 +96,7 @@ def _dataset_text(name: str, purpose: str, characters: int) -> list[str]:
             text = row["text"]
             if not isinstance(text, str):
                 raise CalibrationError(
-                    f"the dataset {name!r} holds a {type(text).__name__} in its column 'text': name one of texts, or a text file"
+                    f"the dataset {name!r} holds a {type(text).__name__} in its column 'text': name one of texts, or a file"
                 )
             documents.append(text)
             length += len(text)
