@@ -23,7 +23,7 @@ from bitlathe.report import inspect
 
 _DEPTHS = (8, 32)
 _RUNS = 3
-_WIDTH, _MID = 1024, 2816
+_WIDTH, _MID = 512, 1536
 _QUANTIZE = (
     "import sys, json, bitlathe; from bitlathe.report import peak_memory; "
     "fields = {'calib': 'builtin', 'samples': 4, 'seqlen': 128, 'batch_size': 4, **json.loads(sys.argv[3])}; "
