@@ -86,7 +86,8 @@ class SignRound:
     def _split(self, sequences: int, block: int) -> tuple[list[slice], Iterator[Tensor]]:
         """Held-out batches, and batches to learn from: every sequence once in a random order, then again in another."""
         held = min(self.options.held_out, sequences // 4)
-        kept = [slice(0, max(held, 1))]
+        last = max(held, 1)  # where too little is left to hold anything out, the first sequence serves for both
+        kept = [slice(start, min(start + self.batch_size, last)) for start in range(0, last, self.batch_size)]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
         size = min(self.batch_size, sequences - held)
 
