@@ -162,6 +162,15 @@ def test_few_sequences_large_batches_few_steps(changes: dict[str, Any], learned:
     assert tuned.before is not None and tuned.after is not None and tuned.after <= tuned.before
 
 
+def test_held_out_sequences_are_looked_at_in_batches() -> None:
+    inputs, _, tuned, _ = watched(batch_size=2)
+    assert list(map(str, inputs.looked[:4])) == [str(slice(0, 2)), str(slice(2, 3))] * 2
+    step = turn(streams=2)
+    step.block.freeze(tuned.layers)
+    assert step.inputs is not None and step.targets is not None
+    assert tuned.after == block_error(step.block, step.inputs, step.targets, batches=[slice(0, 2), slice(2, 3)])
+
+
 def test_only_the_linears_asked_for_are_touched() -> None:
     step = turn(streams=2)
     schemes = {name: scheme for name, scheme in schemes_of(step, "W2A16G32").items() if name.endswith(("k_proj", "up_proj"))}
