@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.llama import LlamaForCausalLM
 from transformers.models.qwen2 import Qwen2Config
 
 import bitlathe.hf  # noqa: F401
 from bitlathe import load
-from bitlathe.errors import FormatError
+from bitlathe.errors import CheckpointError, FormatError
 from bitlathe.formats.native import Native
 from bitlathe.numerics.scheme import SCHEMES, Scheme
 from quantized_folder import LLAMA, TOKENS, Made, make, plan_for, random_model
@@ -128,6 +132,43 @@ def test_offloaded_codes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"model\.layers\.1\.\S+ out of memory"):
         AutoModelForCausalLM.from_pretrained(
             tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload", offload_buffers=True
+        )
+
+
+DAMAGES = {
+    "self_attn.q_proj": ("weight", "weight_zero", "weight_scale"),
+    "self_attn.v_proj": ("weight", "weight_scale", "weight_scale_scale"),
+    "self_attn.o_proj": ("weight", "weight_scale"),
+    "mlp.down_proj": ("weight", "weight_scale"),
+}
+
+
+@pytest.mark.parametrize(("linear", "stream"), [(linear, stream) for linear, streams in DAMAGES.items() for stream in streams])
+def test_a_missing_stream_is_refused(linear: str, stream: str, tmp_path: Path) -> None:
+    file = made(tmp_path).folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"model.layers.1.{linear}.{stream}"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}, model\.layers\.1\.{linear}: there is no tensor '{stream}'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda stream: stream[:-1], lambda stream: stream.view(torch.int8)], ids=["short", "cast"])
+def test_a_stream_of_another_kind_is_refused(damage: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    file = made(tmp_path).folder / "model.safetensors"
+    name = "model.layers.0.mlp.up_proj"
+    tensors = load_file(file)
+    tensors[f"{name}.weight_scale"] = damage(tensors[f"{name}.weight_scale"]).clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}, {name}: the tensor 'weight_scale' is"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
+def test_weights_without_a_file_are_refused(tmp_path: Path) -> None:
+    folder = made(tmp_path).folder
+    with pytest.raises(CheckpointError, match="no file to read codes from"):
+        LlamaForCausalLM.from_pretrained(
+            None, config=AutoConfig.from_pretrained(folder), state_dict=load_file(folder / "model.safetensors")
         )
 
 

@@ -9,6 +9,8 @@ floats and finds only integers. Then each turns its codes into the weight they s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +21,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitlathe.errors import FormatError
+from bitlathe.errors import CheckpointError, FormatError
 from bitlathe.formats.native import METHOD, Native
+from bitlathe.formats.stored import take
+from bitlathe.io.checkpoint import DTYPES as STORED
+from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.weights import DTYPES
 from bitlathe.numerics.project import dequantize
 from bitlathe.numerics.scheme import Scheme
@@ -74,9 +79,17 @@ class BitlatheQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, *, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        for name, scheme in self._plan(list(linears)).quantized.items():
+        quantized = self._plan(list(linears)).quantized
+        if not checkpoint_files:
+            raise CheckpointError("there is no file to read codes from: give from_pretrained the folder that bitlathe wrote")
+        # transformers leaves a tensor that it does not find as the memory was, and that would be decoded.
+        shapes = {name: (linears[name].out_features, linears[name].in_features) for name in quantized}
+        _check_streams(Checkpoint(Path(checkpoint_files[0]).parent), quantized, shapes)
+        for name, scheme in quantized.items():
             parent, _, child = name.rpartition(".")
             model.get_submodule(parent).register_module(child, CodedLinear(linears[name], scheme))
         return model
@@ -104,3 +117,16 @@ class BitlatheQuantizer(HfQuantizer):
     def is_trainable(self) -> Any:
         """False: a step on the weights would leave the codes behind."""
         return False
+
+
+def _check_streams(checkpoint: Checkpoint, quantized: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise CheckpointError for a linear whose streams the files do not hold. shapes: linear -> (outputs, inputs)."""
+    for name, scheme in quantized.items():
+        layout = Native().layout(scheme, shapes[name])
+        stored = {stream: info for stream in layout if (info := checkpoint.header.get(f"{name}.{stream}")) is not None}
+        tensors = {key: torch.empty(info.shape, dtype=STORED[info.dtype], device="meta") for key, info in stored.items()}
+        try:
+            for stream, place in layout.items():
+                take(tensors, stream, *place)
+        except CheckpointError as error:
+            raise CheckpointError(f"{checkpoint.path}, {name}: {error}") from error
