@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_BYTE = 8  # bits; codes whose width divides it never straddle two bytes, and are shifted as bytes
 _RUN = 8  # codes that fill a whole number of bytes, whatever their width; they and their bytes fit one int64
 
 
@@ -18,6 +19,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if codes.numel() and int(codes.max()) >> bits:
         raise ValueError(f"the code {int(codes.max())} does not fit in {bits} bits")
     rows, columns = codes.shape
+    if _BYTE % bits == 0:
+        share = _BYTE // bits  # codes of one byte
+        parts = F.pad(codes, (0, -columns % share)).view(rows, -(-columns // share), share)
+        packed = parts[..., 0].clone()
+        for index in range(1, share):
+            packed |= parts[..., index] << (index * bits)
+        return packed
     count = -(-columns // _RUN)
     runs = F.pad(codes, (0, count * _RUN - columns)).view(rows, count, _RUN)
     words = torch.zeros(rows, count, dtype=torch.int64, device=codes.device)
@@ -35,6 +43,12 @@ def unpack(packed: Tensor, bits: int, *, columns: int) -> Tensor:
     rows, width = packed.shape
     if width != (columns * bits + 7) // 8:
         raise ValueError(f"{columns} codes of {bits} bits take {(columns * bits + 7) // 8} bytes a row, not {width}")
+    if _BYTE % bits == 0:
+        share = _BYTE // bits
+        parts = torch.empty(rows, width, share, dtype=torch.uint8, device=packed.device)
+        for index in range(share):
+            torch.bitwise_and(packed >> (index * bits), (1 << bits) - 1, out=parts[..., index])
+        return parts.view(rows, width * share)[:, :columns].contiguous()
     count = -(-columns // _RUN)
     stream = F.pad(packed, (0, count * bits - width)).view(rows, count, bits)
     words = F.pad(stream, (0, _RUN - bits)).view(torch.int64)
