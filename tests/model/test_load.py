@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3TextConfig
@@ -23,7 +24,9 @@ from bitlathe.formats.base import Format
 from bitlathe.formats.compressed_tensors import CompressedTensors
 from bitlathe.formats.dense import Dense
 from bitlathe.formats.native import Native
+from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.layers import QuantLinear
+from bitlathe.model.source import open_model
 from bitlathe.numerics.scheme import SCHEMES
 from quantized_folder import DTYPES, LLAMA, TOKENS, make, plan_for, random_model
 
@@ -116,3 +119,17 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="gptq"):
         load(tmp_path, "cpu")
+
+
+def test_weights_name_the_linear_they_cannot_decode(tmp_path: Path) -> None:
+    model = random_model()
+    make(tmp_path, Native(), model, plan_for(model, {"q_proj": SCHEMES["W4A16"]}))
+    name, file = "model.layers.1.self_attn.q_proj", tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"{name}.weight_scale"]
+    save_file(tensors, file)
+    _, weights = open_model(Checkpoint(tmp_path), device=torch.device("cpu"))
+    expected = rf"^{tmp_path}, {name}: there is no tensor 'weight_scale'"
+    for reading in (lambda: weights.layer(name), lambda: weights.read([f"{name}.weight"]), lambda: load(tmp_path, "cpu")):
+        with pytest.raises(CheckpointError, match=expected):
+            reading()

@@ -7,7 +7,6 @@ from pathlib import Path
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from bitlathe.errors import BitlatheError, CheckpointError
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.buffers import materialise_buffers
 from bitlathe.model.layers import QuantLinear
@@ -47,10 +46,7 @@ def load(folder: str | Path, device: str = "auto") -> PreTrainedModel:
 
 
 def _coded(name: str, linear: nn.Module, weights: Weights) -> QuantLinear:
-    try:
-        layer = weights.layer(name)
-    except BitlatheError as error:
-        raise CheckpointError(f"{weights.checkpoint.path}, {name}: {error}") from error
+    layer = weights.layer(name)
     bias = weights.read([f"{name}.bias"])[f"{name}.bias"] if "bias" in linear.state_dict() else None
     return QuantLinear(layer.weight, bias, weights.dtype).to(weights.device)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitlathe.errors import BitlatheError, CheckpointError
 from bitlathe.formats.base import Format, QuantLayer
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.numerics.project import dequantize
@@ -46,12 +47,15 @@ class Weights:
         return {name: read[name] for name in names}
 
     def layer(self, linear: str) -> QuantLayer:
-        """The codes of one quantized linear."""
+        """The codes of one quantized linear. Raises CheckpointError, with its name and the folder."""
         assert self.format is not None
         prefix = f"{linear}."
         names = [name for name in self.checkpoint.header if name.startswith(prefix) and name != f"{linear}.bias"]
         tensors = {name.removeprefix(prefix): tensor for name, tensor in self.checkpoint.read(names).items()}
-        return self.format.decode(tensors, self._plan.quantized[linear], self.shapes[linear])
+        try:
+            return self.format.decode(tensors, self._plan.quantized[linear], self.shapes[linear])
+        except BitlatheError as error:
+            raise CheckpointError(f"{self.checkpoint.path}, {linear}: {error}") from error
 
     @property
     def _plan(self) -> Plan:
