@@ -47,11 +47,12 @@ class Weights:
         return {name: read[name] for name in names}
 
     def layer(self, linear: str) -> QuantLayer:
-        """The codes of one quantized linear. Raises CheckpointError, with its name and the folder."""
+        """The codes of one quantized linear, decoded on `device`. Raises CheckpointError, with its name and the folder."""
         assert self.format is not None
         prefix = f"{linear}."
         names = [name for name in self.checkpoint.header if name.startswith(prefix) and name != f"{linear}.bias"]
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in self.checkpoint.read(names).items()}
+        read = self.checkpoint.read(names)
+        tensors = {name.removeprefix(prefix): tensor.to(self.device) for name, tensor in read.items()}
         try:
             return self.format.decode(tensors, self._plan.quantized[linear], self.shapes[linear])
         except BitlatheError as error:
