@@ -16,7 +16,7 @@ SETTINGS = {"samples": 128, "seqlen": 512, "iters": 200, "batch_size": 8}
 WINDOWS = 64
 SCHEMES = ("W4A16", "W3A16", "W2A16G32")
 TUNERS = (
-    ("rtn, plain", {"tuner": "rtn", "search": False}),
+    ("rtn, plain", {"tuner": "rtn", "rtn": {"scale": "min-max"}}),
     ("rtn, searched", {"tuner": "rtn"}),
     ("signround", {"tuner": "signround"}),
 )

@@ -112,7 +112,7 @@ def test_no_byte_has_changed(model: Path, tmp_path: Path) -> None:
     found = {}
     for scheme in SCHEMES:
         out = tmp_path / scheme
-        plain: dict[str, Any] = {"tuner": "rtn", "search": False, "device": "cpu", "overrides": {"lm_head": scheme}}
+        plain: dict[str, Any] = {"tuner": "rtn", "rtn": {"scale": "min-max"}, "device": "cpu", "overrides": {"lm_head": scheme}}
         bitlathe.quantize(str(model), out=out, scheme=scheme, formats=FORMATS, **plain)
         found |= {f"{scheme} {format}": fingerprint(out / format) for format in FORMATS}
     assert found == GOLDEN, f"GOLDEN: dict[str, str] = {pformat(found)}"

@@ -26,7 +26,6 @@ def test_defaults_are_the_documented_ones() -> None:
         "tuner": "signround",
         "iters": 200,
         "batch_size": 8,
-        "search": True,
         "calib": "NeelNanda/pile-10k",
         "samples": 128,
         "seqlen": 2048,
@@ -34,6 +33,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "dtype": "auto",
         "seed": 0,
         "memory": {"activations": 4 * 2**30},
+        "rtn": {"scale": "searched"},
         "signround": {"lr": None, "compile": False, "held_out": 8, "check_every": 20},
     }
 
@@ -82,6 +82,8 @@ def test_spellings(field: str, typed: object, meant: object) -> None:
         ({"sedd": 1}, ["'sedd'", "Did you mean 'seed'?", "batch_size"]),
         ({"memory": {"activation": 1}}, ["'memory.activation'", "Did you mean 'memory.activations'?"]),
         ({"memory": {"activations": "4 quarts"}}, ["'memory.activations'", "4 quarts"]),
+        ({"rtn": {"scale": "absmax"}}, ["'rtn.scale'", "searched", "min-max"]),
+        ({"rtn": "min-max"}, ["'rtn'", "rtn.scale"]),
         ({"memory": "4GiB"}, ["'memory'", "memory.activations"]),
         ({"signround": {"lr": -1}}, ["'signround.lr'", "-1"]),
     ],

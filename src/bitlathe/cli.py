@@ -26,7 +26,7 @@ from bitlathe.numerics.scheme import SCHEMES
 from bitlathe.recipe import Memory, Recipe, merge, parse_overrides, parse_sets, read_yaml
 from bitlathe.registry import load
 from bitlathe.tune import TUNERS
-from bitlathe.tune.options import SignRoundOptions
+from bitlathe.tune.options import RtnOptions, SignRoundOptions
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -82,8 +82,8 @@ def _default(field: str) -> str:
 
 _SETTABLE = ", ".join(
     [
-        f"search={_default('search')}",
         f"memory.activations={human(Memory().activations)} (bytes)",
+        *(f"rtn.{name}={value}" for name, value in RtnOptions()),
         *(f"signround.{name}={value}" for name, value in SignRoundOptions()),
     ]
 )

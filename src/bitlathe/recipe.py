@@ -37,7 +37,7 @@ from bitlathe.numerics.scheme import canonical_name
 from bitlathe.plan import KEEP
 from bitlathe.registry import canonical, did_you_mean
 from bitlathe.tune import TUNERS
-from bitlathe.tune.options import SignRoundOptions, TuneOptions
+from bitlathe.tune.options import RtnOptions, SignRoundOptions, TuneOptions
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -63,10 +63,10 @@ class Recipe(BaseModel):
 
     model: a folder, a Hub id, or "builtin". out: the folder of the result. scheme: the name of the scheme that every linear
     gets. overrides: glob over full linear names -> scheme name or "keep"; the last that matches wins. formats: the checkpoints
-    written. tuner: how codes are found. iters: its steps a block. batch_size: sequences a step. search: for rtn, search each
-    block's scale weighted by E[x^2] instead of taking the min-max range. calib: a data set on the Hub, a text file, or
-    "builtin". samples, seqlen: calibration windows and their length in tokens. device: auto, cpu, cuda or cuda:i. dtype: of
-    what stays in 16 bits; auto follows the model. seed: of every random choice. memory, signround: see their types.
+    written. tuner: how codes are found. iters: its steps a block. batch_size: sequences a step. calib: a data set on the
+    Hub, a text file, or "builtin". samples, seqlen: calibration windows and their length in tokens. device: auto, cpu, cuda or
+    cuda:i. dtype: of what stays in 16 bits; auto follows the model. seed: of every random choice. memory, rtn, signround: see
+    their types.
 
     Raises RecipeError, naming the field, for anything that is not understood.
     """
@@ -81,7 +81,6 @@ class Recipe(BaseModel):
     tuner: str = "signround"
     iters: PositiveInt = 200
     batch_size: PositiveInt = 8
-    search: bool = True
     calib: str = "NeelNanda/pile-10k"
     samples: PositiveInt = 128
     seqlen: PositiveInt = 2048
@@ -89,6 +88,7 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "bf16", "fp16"] = "auto"
     seed: NonNegativeInt = 0
     memory: Memory = Field(default_factory=Memory)
+    rtn: RtnOptions = Field(default_factory=RtnOptions)
     signround: SignRoundOptions = Field(default_factory=SignRoundOptions)
 
     @model_validator(mode="wrap")
@@ -143,7 +143,7 @@ class Recipe(BaseModel):
         longer = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
         return longer.get(name.lower(), name.lower()) if isinstance(name, str) else name
 
-    @field_validator("memory", "signround", mode="before")
+    @field_validator("memory", "rtn", "signround", mode="before")
     @classmethod
     def _section(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, Mapping | BaseModel):
@@ -245,7 +245,7 @@ def _known_scheme(name: str) -> str:
         raise ValueError(str(error)) from error
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"memory": Memory, "signround": SignRoundOptions}
+_SECTIONS: dict[str, type[BaseModel]] = {"memory": Memory, "rtn": RtnOptions, "signround": SignRoundOptions}
 
 
 def _fields_of(section: str) -> str:

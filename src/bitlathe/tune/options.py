@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
+
+
+class RtnOptions(BaseModel):
+    """Options of `rtn`.
+
+    scale: "searched" tries several ranges for every block and takes the one with the least error weighted by E[x^2] of its
+    inputs; "min-max" is the weights' own range, for which no text is read.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scale: Literal["searched", "min-max"] = "searched"
 
 
 class SignRoundOptions(BaseModel):
@@ -29,5 +43,5 @@ class TuneOptions(BaseModel):
     iters: int
     batch_size: int
     seed: int
-    search: bool
+    rtn: RtnOptions
     signround: SignRoundOptions

@@ -33,7 +33,7 @@ class Rtn:
     @classmethod
     def of(cls, options: TuneOptions) -> Rtn:
         """The tuner that a recipe's options ask for."""
-        return cls(searched=options.search, batch_size=options.batch_size)
+        return cls(searched=options.rtn.scale == "searched", batch_size=options.batch_size)
 
     def tune(self, step: Step, schemes: Mapping[str, Scheme], listen: Listen) -> Tuned:
         """See `Tuner.tune`."""
