@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -163,20 +164,30 @@ def test_overrides() -> None:
             parse_overrides([wrong])
 
 
-def test_the_digest_covers_what_changes_the_result_and_nothing_else() -> None:
-    base = merge(MINIMAL)
-    same = ({"out": "elsewhere"}, {"memory": {"activations": "1GiB"}}, {"scheme": "w4-a16"})
-    assert all(merge(MINIMAL, fields).digest() == base.digest() for fields in same)
-    assert merge(MINIMAL, {"device": "cuda:1"}).digest() == merge(MINIMAL, {"device": "cuda"}).digest()
+def test_the_settings_are_what_changes_the_result_and_nothing_else() -> None:
+    def settings(fields: dict[str, object]) -> str:
+        return json.dumps(merge(MINIMAL, fields).settings())
+
+    same = (
+        {"out": "elsewhere"},
+        {"memory": {"activations": "1GiB"}},
+        {"scheme": "w4-a16"},
+        # A run knows these three by their content.
+        {"model": "/elsewhere"},
+        {"calib": "same.txt"},
+        {"device": "cuda:1"},
+    )
+    assert {settings(fields) for fields in same} == {settings({})}
     other = (
         {"seed": 1},
-        {"device": "cuda"},
         {"formats": "dense"},
         {"signround": {"lr": 1}},
+        {"rtn": {"scale": "min-max"}},
         {"overrides": {"a": "keep", "b": "W8A16"}},
         {"overrides": {"b": "W8A16", "a": "keep"}},
     )
-    assert len({merge(MINIMAL, fields).digest() for fields in other} | {base.digest()}) == len(other) + 1
+    assert len({settings(fields) for fields in other} | {settings({})}) == len(other) + 1
+    assert merge(MINIMAL).settings()["signround.held_out"] == 8
 
 
 def test_registries_resolve_by_name() -> None:

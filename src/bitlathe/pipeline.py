@@ -8,8 +8,10 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from bitlathe.errors import CheckpointError
 from bitlathe.formats import FORMATS
 from bitlathe.formats.base import Format, QuantLayer
 from bitlathe.io.writer import Writer
@@ -43,7 +45,7 @@ def quantize(
 
 def run(recipe: Recipe, *, restart: bool, listen: Listener) -> Plan:
     """Carry out a recipe."""
-    started = time.perf_counter()
+    began = time.perf_counter()
     ready = prepare(recipe)
     for note in ready.notes:
         listen(Note(note))
@@ -59,24 +61,27 @@ def run(recipe: Recipe, *, restart: bool, listen: Listener) -> Plan:
         if writer.finished:
             listen(Note(f"{recipe.out} already holds this very result: nothing was done"))
             return ready.plan
-        tail = None
-        for step in walk(ready.skeleton, ready.weights, _start(ready, writer), batch_size=recipe.batch_size):
-            listen(_turn(ready, writer, step, listen))
-            tail = step.inputs
+        # As if the run had never been interrupted: what is told of time counts the runs before this one.
+        began -= max((record["elapsed"] for record in writer.done.values()), default=0.0)
+        start = _start(ready, writer)
+        for step in walk(ready.skeleton, ready.weights, start, batch_size=recipe.batch_size):
+            listen(_turn(ready, writer, step, listen, began=began))
+        tail = start.streams[0] if start.streams else None
         head = Step(ready.skeleton.head(ready.weights), tail, None)
-        listen(_turn(ready, writer, head, listen))
-        finish(ready, writer, seconds=time.perf_counter() - started)
+        listen(_turn(ready, writer, head, listen, began=began))
+        finish(ready, writer, seconds=time.perf_counter() - began)
     return ready.plan
 
 
 def _start(ready: Prepared, writer: Writer) -> Start:
     if ready.tokens is None:
         return Start([], ())
+    _finite(ready.weights.read(ready.skeleton.parameters_of(ready.skeleton.arch.embed)), ready.plan.dtype)
     budget = Budget(ready.recipe.memory.activations, writer.work)
     return begin(ready.skeleton, ready.weights, ready.tokens, budget, streams=ready.tuner.streams)
 
 
-def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener) -> BlockReport:
+def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener, *, began: float) -> BlockReport:
     """One block's turn: its codes from the journal or from the tuner, into the block and onto the disk."""
     block, depth = step.block, ready.skeleton.depth
     if block.index in writer.done:
@@ -85,16 +90,15 @@ def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener) -> Bloc
         return BlockReport(**{**writer.done[block.index], "resumed": True})
     started = time.perf_counter()
     schemes = {name: scheme for name, scheme in ready.plan.quantized.items() if name in block.linears}
+    kept = _kept_tensors(ready, block, schemes)
+    _finite(kept, ready.plan.dtype)
     tuned = _tune(ready, step, schemes, listen)
-    if tuned.after is not None and not isfinite(tuned.after):
-        listen(
-            Note(
-                f"{block.name or 'head'}: for this calibration text its output is infinite or NaN, so nothing could be learned "
-                "from it: its linears are rounded to nearest. --dtype bf16 holds larger numbers than fp16"
-            )
-        )
+    note = _note(block.name or "head", tuned, ready.plan.dtype)
+    if note is not None:
+        listen(Note(note))
     block.freeze(tuned.layers)
-    ram, vram = peak_memory()
+    ram, vram = peak_memory(ready.weights.device)
+    now = time.perf_counter()
     report = BlockReport(
         block=block.index,
         blocks=depth,
@@ -102,11 +106,12 @@ def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener) -> Bloc
         linears=len(schemes),
         loss_before=tuned.before,
         loss_after=tuned.after,
-        seconds=time.perf_counter() - started,
+        seconds=now - started,
         peak_ram=ram,
         peak_vram=vram,
+        elapsed=now - began,
+        note=note,
     )
-    kept = _kept_tensors(ready, block, schemes)
     writer.put(
         block.index,
         {
@@ -140,6 +145,26 @@ def _kept_tensors(ready: Prepared, block: Block, schemes: Mapping[str, Any]) -> 
         names = [name for name in skeleton.shapes if not name.startswith(f"{skeleton.arch.blocks}.")]
     coded = {f"{name}.weight" for name in schemes}
     return {name: tensor.cpu() for name, tensor in ready.weights.read(name for name in names if name not in coded).items()}
+
+
+def _finite(tensors: Mapping[str, Tensor], dtype: str) -> None:
+    """Refuse a checkpoint whose tensors would make every prediction NaN, kept in 16 bits or not."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            wider = ", or they overflow fp16: try --dtype bf16" if dtype == "fp16" else ""
+            raise CheckpointError(
+                f"{name} has infinite or NaN values in {dtype}. The checkpoint is damaged{wider}. Download it again, or mend it"
+            )
+
+
+def _note(name: str, tuned: Tuned, dtype: str) -> str | None:
+    if tuned.after is None or isfinite(tuned.after):
+        return None
+    wider = ". --dtype bf16 holds larger numbers than fp16" if dtype == "fp16" else ""
+    return (
+        f"{name}: for this calibration text its output is infinite or NaN, so nothing could be learned from it: its linears "
+        f"are rounded to nearest{wider}"
+    )
 
 
 def _encoded(format: Format, layers: Mapping[str, QuantLayer], dtype: str) -> dict[str, Tensor]:

@@ -15,9 +15,10 @@ from bitlathe.errors import CheckpointError, OutputError, PlanError
 from bitlathe.formats import FORMATS
 from bitlathe.formats.base import Format
 from bitlathe.io.checkpoint import Checkpoint
+from bitlathe.io.writer import refuse_foreign
 from bitlathe.model.calib import characters_for, refuse_strange_tokens, text_of, tokenizer_of, windows_of
 from bitlathe.model.skeleton import Skeleton
-from bitlathe.model.source import config_dtype, device_named, open_model
+from bitlathe.model.source import device_named, open_model, stored_dtype
 from bitlathe.model.weights import DTYPES, Weights
 from bitlathe.plan import Plan, resolve
 from bitlathe.recipe import Recipe
@@ -53,9 +54,12 @@ class Prepared:
         """What the streams and spilled hidden states will take on the disk, about."""
         linears = self.skeleton.linears
         coded = sum(scheme.bits(linears[name]) // 8 for name, scheme in self.plan.quantized.items())
+        dense = sum(2 * prod(linears[name]) for name in self.plan.quantized)
         names = {f"{name}.weight" for name in self.plan.quantized}
         kept = sum(2 * prod(shape) for name, shape in self.skeleton.shapes.items() if name not in names)
-        return len(self.streams) * (coded + kept) + self._bytes_spilled()
+        # A format without a configuration of its own is an ordinary checkpoint.
+        plain = sum(format.config(self.plan) is None for format in self.formats.values())
+        return len(self.streams) * (coded + kept) + plain * (dense - coded) + self._bytes_spilled()
 
     def _bytes_spilled(self) -> int:
         if self.tokens is None:
@@ -80,9 +84,11 @@ def prepare(recipe: Recipe) -> Prepared:
     device = device_named(recipe.device)
     formats = {name: named(name, FORMATS, "format")() for name in recipe.formats}
     tuner = named(recipe.tuner, TUNERS, "tuner").of(recipe.tuning())
+    if Path(recipe.model).expanduser().is_dir():
+        _refuse_nested(recipe.out, Path(recipe.model).expanduser())
+    refuse_foreign(recipe.out)  # before anything is downloaded
     checkpoint = Checkpoint(recipe.model)
-    _refuse_nested(recipe.out, checkpoint.path)
-    stored = config_dtype(checkpoint.config)
+    stored = stored_dtype(checkpoint)
     asked = recipe.dtype if recipe.dtype != "auto" else stored
     dtype = "fp16" if asked == "fp16" else "bf16"
     skeleton, weights = open_model(checkpoint, device=device, dtype=DTYPES[dtype])
@@ -105,9 +111,29 @@ def prepare(recipe: Recipe) -> Prepared:
     for format in formats.values():
         format.check(plan, skeleton.linears, skeleton.fused)
     tokens, notes = _calibration(recipe, skeleton, checkpoint.path) if tuner.streams else (None, ())
+    notes = (*notes, *_unused(checkpoint, skeleton))
     if dtype != stored:
         notes = (*notes, f"the model is stored in {stored}; the result and everything measured on the way is in {dtype}")
     return Prepared(recipe, skeleton, weights, plan, reasons, formats, tuner, tokens, notes)
+
+
+def _unused(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[str, ...]:
+    """What to say of tensors that the model has no place for; one that belongs to a linear is refused."""
+    unused = [
+        name for name in checkpoint.expect(skeleton.shapes) if name not in skeleton.tied and not name.endswith("inv_freq")
+    ]
+    astray = [name for name in unused if name.rpartition(".")[0] in skeleton.linears]
+    if astray:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {astray[0]}, which the linear of its config.json does not have: without it the model is "
+            "another one. Take the config.json that belongs to these weights"
+        )
+    shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+    return (
+        (f"the model has no place for these tensors of the checkpoint, and the result goes without them: {shown}",)
+        if unused
+        else ()
+    )
 
 
 def _refuse_nested(out: Path, source: Path) -> None:

@@ -162,10 +162,13 @@ class Recipe(BaseModel):
     def settings(self) -> dict[str, Any]:
         """The fields that can change the numbers or the files of the result, as plain values.
 
-        Left out: where the result goes, how much memory may be used, and which of several GPUs does it.
+        A field in a section is named as after `--set`: "signround.lr". Left out: where the result goes, how much memory may be
+        used, and what a run is told by in another way: the model and the text by their content, the device by what it is.
         """
-        plain = self.model_dump(mode="json", exclude={"out", "memory"})
-        return plain | {"device": self.device.partition(":")[0]}
+        plain: dict[str, Any] = {}
+        for name, value in self.model_dump(mode="json", exclude={"model", "out", "calib", "device", "memory"}).items():
+            plain |= {f"{name}.{key}": part for key, part in value.items()} if name in _SECTIONS else {name: value}
+        return plain
 
     def digest(self) -> str:
         """A hash that two recipes share only when `settings` are equal, the order of overrides included."""

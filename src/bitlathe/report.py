@@ -19,7 +19,7 @@ from bitlathe.errors import CheckpointError
 from bitlathe.io.checkpoint import Checkpoint, TensorInfo
 from bitlathe.io.sizes import human
 from bitlathe.io.writer import replace_file
-from bitlathe.model.source import config_dtype, open_model
+from bitlathe.model.source import open_model, stored_dtype
 from bitlathe.numerics.scheme import name_of
 from bitlathe.plan import Plan
 
@@ -31,8 +31,9 @@ class BlockReport(BaseModel):
     """One finished block: a line of progress.jsonl.
 
     block: 0-based. linears: how many were quantized. loss_before, loss_after: mean squared error of the block's output,
-    rounded to nearest and as tuned; None where no text was used or the output is not finite. seconds: wall clock. peak_ram,
-    peak_vram: bytes, the highest of the process so far. resumed: taken over from an earlier run instead of tuned.
+    rounded to nearest and as tuned; None where no text was used or the output is not finite. seconds: wall clock of
+    its own. peak_ram, peak_vram: bytes, the highest of the process so far. elapsed: seconds since the first run began, less the
+    pauses. note: what went wrong with it. resumed: taken over from an earlier run instead of tuned.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +47,8 @@ class BlockReport(BaseModel):
     seconds: float
     peak_ram: int
     peak_vram: int
+    elapsed: float
+    note: str | None = None
     resumed: bool = False
 
     @field_validator("loss_before", "loss_after")
@@ -77,8 +80,8 @@ Event = BlockReport | Step | Note
 Listener = Callable[[Event], None]
 
 
-def peak_memory() -> tuple[int, int]:
-    """Highest resident memory of this process and highest memory allocated on the GPU so far, in bytes."""
+def peak_memory(device: torch.device) -> tuple[int, int]:
+    """Highest resident memory of this process, and highest memory allocated on `device` if it is a GPU, so far, in bytes."""
     status = Path("/proc/self/status")
     if status.is_file():
         # Linux hands a process its parent's ru_maxrss; this line is its own.
@@ -87,7 +90,7 @@ def peak_memory() -> tuple[int, int]:
     else:
         # In KiB, but for macOS, where it is in bytes.
         ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return ram, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return ram, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def sizes_of(
@@ -176,7 +179,7 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     return {
         "model": str(folder),
         "format": report.get("format") or (weights.format.name if weights.format else "float"),
-        "dtype": config_dtype(checkpoint.config),
+        "dtype": stored_dtype(checkpoint),
         "linears": rows,
         "quantized": len(schemes),
         **sizes,

@@ -28,6 +28,14 @@ def finish(ready: Prepared, writer: Writer, *, seconds: float) -> None:
     writer.finish(results)
 
 
+def _calibration(ready: Prepared) -> dict[str, Any] | None:
+    """The text that was really used; None where none was."""
+    if ready.tokens is None:
+        return None
+    windows, seqlen = ready.tokens.shape
+    return {"text": ready.recipe.calib, "windows": windows, "seqlen": seqlen}
+
+
 def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, seconds: float) -> dict[str, bytes]:
     """The small files of one result by name."""
     checkpoint = ready.weights.checkpoint
@@ -43,10 +51,12 @@ def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, second
         "tool": "bitlathe",
         "version": VERSION,
         "format": name,
+        "hub_model": checkpoint.source if checkpoint.from_hub else None,
         "recipe": ready.recipe.model_dump(mode="json"),
         "plan": plan,
         "kept": ready.kept,
-        "notes": list(ready.notes),
+        "notes": [*ready.notes, *(record["note"] for record in writer.done.values() if record["note"])],
+        "calibration": _calibration(ready),
         "versions": {package: version(package) for package in _VERSIONS},
         "blocks": [writer.done[shard] for shard in sorted(writer.done)],
         "linears": len(ready.plan.linears),

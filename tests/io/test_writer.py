@@ -344,16 +344,25 @@ def test_an_unfinished_run_of_another_kind(tmp_path: Path) -> None:
     before = content(out)
     other = {"recipe": "b", "version": "2", "model": "m"}
     with pytest.raises(
-        ResumeError, match=r"unfinished run \(2 shards are done\) that differs.* in: recipe, version\. .*--restart"
+        ResumeError, match=r"run \(finished shards: 2 of 3\) that differs.* in: recipe \(a -> b\), version\. .*--restart"
     ):
         Writer(out, streams=("native",), shards=3, fingerprint=other).__enter__()
-    with pytest.raises(ResumeError, match=r"in: formats, shards\."):
+    with pytest.raises(ResumeError, match=r"in: formats \(native -> native, dense\), shards \(3 -> 4\)\."):
         Writer(out, streams=("native", "dense"), shards=4, fingerprint={"recipe": "a", "model": "m"}).__enter__()
     assert content(out) == before
     with writer(out, recipe="b", restart=True) as opened:
         assert opened.done == {}
-    with pytest.raises(ResumeError, match=r"in: recipe\."):
+    with pytest.raises(ResumeError, match=r"in: recipe \(b -> a\)\."):
         writer(out).__enter__()
+
+
+def test_hashes_and_long_values_are_named_and_not_shown(tmp_path: Path) -> None:
+    parts = {"seed": "0", "model": "a" * 64, "scheme": "W4A16", "overrides": "x" * 61}
+    with Writer(tmp_path / "out", streams=("native",), shards=3, fingerprint=parts) as opened:
+        put(opened, 0)
+    other = {"seed": "1", "model": "b" * 64, "scheme": "W4A16", "overrides": "{}"}
+    with pytest.raises(ResumeError, match=r"shards: 1 of 3\) .* in: model, overrides, seed \(0 -> 1\)\."):
+        Writer(tmp_path / "out", streams=("native",), shards=3, fingerprint=other).__enter__()
 
 
 def test_a_finished_result_of_another_kind(tmp_path: Path) -> None:
@@ -361,7 +370,7 @@ def test_a_finished_result_of_another_kind(tmp_path: Path) -> None:
     whole_run(out)
     (out / "notes.txt").write_text("mine")
     before = content(out)
-    with pytest.raises(ResumeError, match=r"finished result that differs from what is asked for in: recipe\..*--restart"):
+    with pytest.raises(ResumeError, match=r"finished result that differs from what is asked for in: recipe \(a -> b\)\..*--restart"):
         writer(out, recipe="b").__enter__()
     assert content(out) == before
     with writer(out, recipe="b", restart=True) as opened:

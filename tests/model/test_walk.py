@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import AutoModelForCausalLM
 
 from bitlathe.errors import UnsupportedModel
 from bitlathe.io.checkpoint import Checkpoint
+from bitlathe.model.block import Block
 from bitlathe.model.hidden import Budget
 from bitlathe.model.source import open_model
 from bitlathe.model.walk import begin, walk
+from bitlathe.model.weights import Weights
 from families import FAMILIES, VOCABULARY, save_model
 
 CPU = torch.device("cpu")
@@ -82,15 +86,39 @@ def test_a_second_read_of_a_block_gives_the_same_bytes(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in names)
 
 
-def test_only_two_blocks_are_alive(tmp_path: Path) -> None:
-    """The tensors of a block die when the walk moves on: at most the current block and the next one are held."""
+@pytest.mark.parametrize("streams", [0, 1, 2])
+def test_only_two_blocks_are_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: int) -> None:
+    """The block whose turn it is and the one that is read ahead, at any moment, though the body keeps its steps."""
     save_model(tmp_path, num_hidden_layers=6)
     skeleton, weights = open_model(Checkpoint(tmp_path), device=CPU)
-    start = begin(skeleton, weights, TOKENS, Budget(2**30, tmp_path), streams=1)
-    seen: list[weakref.ref[torch.nn.Module]] = []
+    start = begin(skeleton, weights, TOKENS, Budget(2**30, tmp_path), streams=streams)
+    seen: list[weakref.WeakSet[Tensor]] = []
+    alive: list[int] = []
+    read_all, run = Weights.read, Block.__call__
+
+    def count() -> None:
+        alive.append(sum(len(tensors) > 0 for tensors in seen))
+
+    def read(self: Weights, names: Iterable[str]) -> dict[str, Tensor]:
+        # Parameters go into a module as they are, where tensors are wrapped.
+        tensors = {name: Parameter(x, requires_grad=False) for name, x in read_all(self, names).items()}
+        seen.append(weakref.WeakSet(tensors.values()))
+        count()
+        return tensors
+
+    def counted(self: Block, x: Tensor) -> Tensor:
+        count()
+        return run(self, x)
+
+    monkeypatch.setattr(Weights, "read", read)
+    monkeypatch.setattr(Block, "__call__", counted)
+    steps = []
     for step in walk(skeleton, weights, start, batch_size=3):
-        seen.append(weakref.ref(step.block.module))
-        assert sum(module() is not None for module in seen) <= 2  # the last one until this name takes the next
+        steps.append(step)
+        count()
+    assert len(seen) == 6
+    assert max(alive) == 2
+    assert not any(len(tensors) for tensors in seen)
 
 
 def test_an_unknown_family_is_refused(tmp_path: Path) -> None:

@@ -95,13 +95,14 @@ class Checkpoint:
 
     source: a folder, "builtin" (the tiny model that comes with the package), or a Hub id, "org/name" or "org/name@revision".
 
-    path: the folder. header: every tensor by name. config: config.json. Raises CheckpointError when the folder, its files
-    or their headers are missing, damaged or at odds with each other.
+    path: the folder. from_hub: whether `source` is a Hub id. header: every tensor by name. config: config.json. Raises
+    CheckpointError when the folder, its files or their headers are missing, damaged or at odds with each other.
     """
 
     def __init__(self, source: str | Path) -> None:
         self.source = str(source)
         self.path = find_folder(self.source)
+        self.from_hub = self.source != BUILTIN and not Path(self.source).expanduser().is_dir()
         self.config: dict[str, Any] = _read_json(self.path, CONFIG)
         self.header: dict[str, TensorInfo] = _read_headers(self.path)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,10 @@ REPORT = "report.json"
 PROGRESS = "progress.jsonl"
 TOOL = "bitlathe"
 
+# What differs is shown up to this length; of hashes, only that they differ.
+_READABLE = 60
+_HASH = re.compile(r"[0-9a-f]{32,}")
+
 Results = Mapping[str, tuple[Path | None, Mapping[str, bytes]]]
 
 
@@ -47,7 +52,7 @@ class Writer:
     """One run's hold on the folder `out`; used in a `with` statement.
 
     streams: the outputs that are written side by side. shards: how many parts each has (the blocks and what is outside them).
-    fingerprint: named parts, each a hash or a version, that must be equal for a run to be continued. room: bytes that the run
+    fingerprint: named parts, each a setting, a hash or a version, that must be equal for a run to be continued. room: bytes that the run
     will take on the disk. restart: throw away what an earlier run left in `out`.
 
     Entering raises OutputError when `out` holds files that are not ours, is in use by another run, cannot be written or, for a
@@ -83,7 +88,7 @@ class Writer:
 
     def __enter__(self) -> Self:
         with self._disk():
-            _refuse_foreign(self.out)
+            refuse_foreign(self.out)
             self._refuse_crowded()
             self._state.mkdir(parents=True, exist_ok=True)
             try:
@@ -237,7 +242,7 @@ class Writer:
         other = _differences(found, self._identity())
         if other:
             raise ResumeError(
-                f"{self.out} holds an unfinished run ({len(records)} shards are done) that differs from this one in: {other}. "
+                f"{self.out} holds an unfinished run (finished shards: {len(records)} of {found['shards']}) that differs from this one in: {other}. "
                 f"Finish it with the command that began it, choose another folder, or throw it away with --restart"
             )
         os.truncate(self._state / "journal.jsonl", len(good))
@@ -374,7 +379,7 @@ def require_room(folder: Path, nbytes: int) -> None:
         )
 
 
-def _refuse_foreign(out: Path) -> None:
+def refuse_foreign(out: Path) -> None:
     """Nothing is ever written into, or deleted from, a folder that holds somebody's files."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; choose a folder that does not exist yet")
@@ -447,7 +452,14 @@ def _records(lines: bytes) -> dict[int, dict[str, Any]]:
 
 
 def _differences(found: Mapping[str, str], asked: Mapping[str, str]) -> str:
-    return ", ".join(sorted(name for name in found.keys() | asked.keys() if found.get(name) != asked.get(name)))
+    """The parts that are not the same, in words, each with what it was and what it is where a person can read that."""
+    words = []
+    for name in sorted(found.keys() | asked.keys()):
+        before, now = found.get(name, ""), asked.get(name, "")
+        if before != now:
+            readable = all(value and len(value) <= _READABLE and not _HASH.fullmatch(value) for value in (before, now))
+            words.append(f"{name} ({before} -> {now})" if readable else name)
+    return ", ".join(words)
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -48,7 +48,7 @@ class Block:
         if not torch.isfinite(weight).all():
             raise CheckpointError(
                 f"{name}.weight has infinite or NaN values, which no scheme can hold. The checkpoint is damaged, or was saved "
-                "in a dtype that its weights overflow: mend it, or keep this linear in 16 bits with an override"
+                "in a dtype that its weights overflow: download it again, or mend it"
             )
         return weight
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +38,7 @@ def open_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
 
     Raises CheckpointError for tensors that are missing or wrongly shaped, and for a quantization that cannot be read here.
     """
-    stored = config_dtype(checkpoint.config)
+    stored = stored_dtype(checkpoint)
     skeleton = skeleton_of(checkpoint, dtype or DTYPES[stored])
     linears = skeleton.linears
     weights = Weights(checkpoint, linears, skeleton.tied, dtype or DTYPES[stored], device)
@@ -53,9 +54,12 @@ def open_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     return skeleton, replace(weights, plan=plan, format=format)
 
 
-def config_dtype(config: dict[str, Any]) -> str:
-    """The dtype a config.json names ("bf16", "fp16" or "fp32"), under its new or its old key."""
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype config.json names ("bf16", "fp16" or "fp32"), under its new or its old key; if none, that of most tensors."""
+    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if name is None:
+        counts = Counter(info.dtype for info in checkpoint.header.values())
+        name = {"BF16": "bfloat16", "F16": "float16"}.get(counts.most_common(1)[0][0], "float32")
     for short, long in _LONG.items():
         if name == long:
             return short

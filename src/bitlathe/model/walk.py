@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,12 +28,14 @@ class Start:
     streams: tuple[Hidden, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
     """One block's turn. inputs: what it receives from the blocks before it, as they are after their turn; targets: what the
-    original block makes of the original stream. Both None on a walk without text; targets None on a walk of one stream."""
+    original block makes of the original stream. Both None on a walk without text; targets None on a walk of one stream.
 
-    block: Block
+    Once the walk is asked for the next turn, this one no longer has its `block`."""
+
+    block: Block = field(repr=False)
     inputs: Hidden | None
     targets: Hidden | None
 
@@ -63,9 +65,13 @@ def walk(skeleton: Skeleton, weights: Weights, start: Start, *, batch_size: int)
     for block in _read_ahead(skeleton, weights, start.calls):
         if targets is not None:
             advance(block, targets, batch_size)
-        yield Step(block, inputs, targets)
+        step = Step(block, inputs, targets)
+        yield step
+        # The body's own name for the step lasts until it is given the next one, and the block must not.
+        del step.block
         if inputs is not None:
             advance(block, inputs, batch_size)
+        del block
 
 
 @torch.no_grad()
@@ -76,7 +82,8 @@ def advance(block: Block, hidden: Hidden, batch_size: int) -> None:
 
 
 def _read_ahead(skeleton: Skeleton, weights: Weights, calls: list[dict[str, Any]]) -> Iterator[Block]:
-    """The blocks in order; while one is out, the next one's weights are being read: two at most are in memory."""
+    """The blocks in order; while one is out, the next one's weights are being read: two at most are in memory, provided
+    that whoever takes a block lets go of it before asking for the next."""
 
     def read(index: int) -> dict[str, Tensor]:
         return weights.read(skeleton.parameters_of(skeleton.blocks[index])) if index < skeleton.depth else {}

@@ -300,7 +300,7 @@ def quantize(w: Tensor, scheme: Scheme, learned: Learned | None = None, peak: Te
         bad = int((~torch.isfinite(w)).sum())
         raise CheckpointError(
             f"{bad} of {w.numel()} values of the weight are infinite or NaN, and no code stands for them: "
-            "the checkpoint is damaged or its weights overflowed; fetch it again or keep this linear in 16 bits"
+            "the checkpoint is damaged or its weights overflowed: download it again, or mend it"
         )
     grid, shape = GRIDS[scheme.grid], (w.shape[0], w.shape[1])
     if scheme.scale is None:
