@@ -20,7 +20,9 @@ from bitlathe.io.sizes import human
 class Hidden:
     """Hidden states [sequences, tokens, width] that are read and replaced a batch at a time.
 
-    `hidden[batch]` copies a batch to `device`; `hidden[batch] = x` writes one back. A batch is a slice or an index tensor.
+    `hidden[batch]` is a batch on `device`, to be read only: what lies in a file or on another device is copied, as is what an
+    index tensor picks; a slice of what is in memory on `device` is a view, and shows what is written later. `hidden[batch] = x`
+    writes one back. A batch is a slice or an index tensor.
     """
 
     def __init__(self, data: Tensor, device: torch.device, pages: mmap.mmap | None = None) -> None:
