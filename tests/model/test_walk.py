@@ -117,7 +117,7 @@ def test_only_two_blocks_are_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         steps.append(step)
         count()
     assert len(seen) == 6
-    assert max(alive) == 2
+    assert max(alive) <= 2
     assert not any(len(tensors) for tensors in seen)
 
 
