@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -72,7 +73,8 @@ class Prepared:
         """What the result depends on, part by part."""
         text = b"" if self.tokens is None else self.tokens.numpy().tobytes()
         return {
-            "recipe": self.recipe.digest(),
+            **{f"recipe.{name}": json.dumps(value) for name, value in self.recipe.settings().items()},
+            "device": self.weights.device.type,
             "model": self.weights.checkpoint.fingerprint(),
             "calibration": hashlib.sha256(text).hexdigest(),
             "version": f"bitlathe {VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
