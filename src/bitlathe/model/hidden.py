@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from math import prod
@@ -81,8 +82,11 @@ def _mapped_file(folder: Path, nbytes: int) -> mmap.mmap:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder, prefix="hidden-") as file:
         try:
-            # Without this a full disk would be a SIGBUS in the middle of a copy.
-            os.posix_fallocate(file.fileno(), 0, nbytes)
+            if sys.platform == "darwin":
+                file.truncate(nbytes)  # it has no posix_fallocate
+            else:
+                # Without this a full disk would be a SIGBUS in the middle of a copy.
+                os.posix_fallocate(file.fileno(), 0, nbytes)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
