@@ -52,8 +52,8 @@ class Writer:
     """One run's hold on the folder `out`; used in a `with` statement.
 
     streams: the outputs that are written side by side. shards: how many parts each has (the blocks and what is outside them).
-    fingerprint: named parts, each a setting, a hash or a version, that must be equal for a run to be continued. room: bytes that the run
-    will take on the disk. restart: throw away what an earlier run left in `out`.
+    fingerprint: named parts, each a setting, a hash or a version, that must be equal for a run to be continued. room: bytes
+    that the run will take on the disk. restart: throw away what an earlier run left in `out`.
 
     Entering raises OutputError when `out` holds files that are not ours, is in use by another run, cannot be written or, for a
     run from the beginning, has too little room (then nothing in it has been changed), and ResumeError when it holds a run with
@@ -242,8 +242,9 @@ class Writer:
         other = _differences(found, self._identity())
         if other:
             raise ResumeError(
-                f"{self.out} holds an unfinished run (finished shards: {len(records)} of {found['shards']}) that differs from this one in: {other}. "
-                f"Finish it with the command that began it, choose another folder, or throw it away with --restart"
+                f"{self.out} holds an unfinished run (finished shards: {len(records)} of {found['shards']}) that differs from "
+                f"this one in: {other}. Finish it with the command that began it, choose another folder, or throw it away "
+                "with --restart"
             )
         os.truncate(self._state / "journal.jsonl", len(good))
         self._journal_end = len(good)
