@@ -104,6 +104,14 @@ class Recipe(BaseModel):
     def _text(cls, value: Any) -> Any:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
 
+    @field_validator("out")
+    @classmethod
+    def _home(cls, folder: Path) -> Path:
+        try:
+            return folder.expanduser()
+        except RuntimeError as error:
+            raise ValueError("its ~ names nobody's home folder; write the path in full") from error
+
     @field_validator("scheme")
     @classmethod
     def _scheme(cls, name: str) -> str:
