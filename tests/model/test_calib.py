@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -190,7 +192,36 @@ def test_a_dataset_whose_text_is_none(monkeypatch: pytest.MonkeyPatch, text: obj
         text_of("org/name", "calibration", characters=10)
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [
+        FileNotFoundError("Dataset 'org/name' doesn't exist on the Hub or cannot be accessed."),
+        ValueError("Config name is missing.\nExample of usage:\n\tload_dataset('org/name', 'en')"),
+        ValueError("Bad split: train. Available splits: ['test']"),
+        RuntimeError("Dataset scripts are no longer supported, but found name.py"),
+    ],
+)
+def test_a_dataset_that_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr("bitlathe.model.calib.load_dataset", load)
+    with pytest.raises(CalibrationError, match=r"'org/name' .*cannot be used.* a text file of your own, or builtin") as found:
+        text_of("org/name", "calibration", characters=10)
+    assert str(failure).partition("\n")[0].rstrip(".") in str(found.value)
+    assert not {"reached", "load_dataset"} & set(re.findall(r"\w+", str(found.value)))
+
+
 # Tokenizers
+
+
+def test_a_tokenizer_s_own_program_is_not_run(tmp_path: Path) -> None:
+    config = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('it was run')")
+    with pytest.raises(CalibrationError, match=r"never run\. Put a tokenizer\.json") as found:
+        tokenizer_of(tmp_path)
+    assert "trust_remote_code" not in str(found.value)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:

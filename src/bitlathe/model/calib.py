@@ -19,6 +19,8 @@ BUILTIN: dict[str, str] = {"calibration": "calib.txt", "evaluation": "eval.txt"}
 # A document is worth this many characters a token at the least; more of a dataset than that is not fetched.
 _CHARACTERS_A_TOKEN = 8
 
+_WAYS_OUT = "Two ways out: name a text file of your own, or builtin for the text that comes with the package"
+
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved with the model. Raises CalibrationError if there is none."""
@@ -30,8 +32,13 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
             "Put the tokenizer's files beside the weights"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise CalibrationError(
+                f"the tokenizer in {folder} is a program that came with the weights, and such programs are never run. Put a "
+                "tokenizer.json, and a tokenizer_config.json without 'auto_map', beside the weights"
+            ) from error
         raise CalibrationError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
 
 
@@ -106,10 +113,17 @@ def _dataset_text(name: str, purpose: str, characters: int) -> list[str]:
         raise CalibrationError(
             f"the dataset {name!r} has no column {error}: name one with a text column, or a text file"
         ) from error
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (HTTPError, ConnectionError, TimeoutError) as error:
         raise CalibrationError(
             f"the {purpose} text {name!r} is not a local file, and the Hub cannot be reached for it ({type(error).__name__}). "
-            "Two ways out: name a text file of your own, or builtin for the text that comes with the package"
+            f"{_WAYS_OUT}"
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        # What it says beyond the first line is how to call a library that our users do not call.
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise CalibrationError(
+            f"the {purpose} text {name!r} is not a local file, and as a dataset of the Hub it cannot be used: it must be open "
+            f"to you and have texts in a split 'train' without naming a configuration ({reason}). {_WAYS_OUT}"
         ) from error
     return documents
 
