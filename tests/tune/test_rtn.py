@@ -7,13 +7,18 @@ import torch
 from torch import Tensor
 
 from bitlathe.formats.base import QuantLayer
+from bitlathe.io.checkpoint import Checkpoint
+from bitlathe.model import skeleton
+from bitlathe.model.hidden import Hidden
+from bitlathe.model.skeleton import Head
+from bitlathe.model.source import open_model
 from bitlathe.model.walk import Step
 from bitlathe.numerics.project import dequantize, quantize
-from bitlathe.tune.base import Moments, Tuned, block_error
+from bitlathe.tune.base import Moments, Tuned, block_error, rounding_error
 from bitlathe.tune.rtn import Rtn
-from blocks import KINDS, SEQUENCES, as_written, outer_scale, same_codes, schemes_of, turn
+from blocks import KINDS, SEQUENCES, TOKENS, as_written, outer_scale, same_codes, schemes_of, turn
 
-BATCH = 4
+BATCH, PROBE = 4, 8
 
 
 def tune(scheme: str, *, searched: bool = True, index: int = 0) -> tuple[Step, Tuned]:
@@ -60,7 +65,7 @@ def test_the_error_reported_is_that_of_the_codes(scheme: str, searched: bool) ->
     assert step.inputs is not None
     batches = [slice(0, BATCH)]
     with torch.no_grad():
-        targets = [step.block(step.inputs[batch]) for batch in batches]
+        targets = Hidden(step.block(step.inputs[0:BATCH]), torch.device("cpu"))
     peaks = step.block.peaks(tuned.layers)
     plain = {
         name: QuantLayer(quantize(step.block.weight(name), layer.weight.scheme, peak=peaks[name]))
@@ -122,6 +127,34 @@ def test_a_block_s_error_is_a_mean_over_elements() -> None:
     with torch.no_grad():
         error = (step.block(step.inputs[0:SEQUENCES]).float() - step.targets[0:SEQUENCES].float()).double().square().mean()
     batches = step.inputs.batches(5)
-    listed = [step.targets[batch] for batch in batches]
     found = block_error(step.block, step.inputs, step.targets, batches=batches)
-    assert found == block_error(step.block, step.inputs, listed, batches=batches) == pytest.approx(error.item(), rel=1e-6)
+    assert found == pytest.approx(error.item(), rel=1e-6)
+
+
+def test_the_head_is_run_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never the logits of a batch; and the error is that of all logits together."""
+    part, tokens = 100, SEQUENCES * TOKENS
+    monkeypatch.setattr(skeleton, "_PART", part)
+    model, weights = open_model(Checkpoint("builtin"), device=torch.device("cpu"))
+    shape = (SEQUENCES, TOKENS, model.model.config.hidden_size)
+    states = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weights.dtype)
+    inputs = Hidden(states, torch.device("cpu"))
+    step = Step(model.head(weights), inputs, None)
+    run, sizes = Head.__call__, list[int]()
+
+    def counted(self: Head, x: Tensor) -> Tensor:
+        sizes.append(x.shape[0] * x.shape[1])
+        return run(self, x)
+
+    monkeypatch.setattr(Head, "__call__", counted)
+    tuned = Rtn(searched=True, batch_size=SEQUENCES).tune(step, schemes_of(step, "W4A16G32"), lambda *_: None)
+    assert list(tuned.layers) == ["lm_head"]
+    assert max(sizes) == part
+    assert sum(sizes[: -(-tokens // part)]) == tokens  # the moments are those of all tokens
+    head = model.head(weights)
+    with torch.no_grad():
+        targets = Hidden(run(head, inputs[0:PROBE]), torch.device("cpu"))
+    assert tuned.after == rounding_error(head, tuned.layers, inputs, batches=[slice(0, PROBE)])
+    head.freeze(tuned.layers)
+    assert tuned.after == pytest.approx(block_error(head, inputs, targets, batches=[slice(0, PROBE)]), rel=1e-3)
+    assert tuned.before is not None and tuned.after < tuned.before

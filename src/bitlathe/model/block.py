@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,10 @@ class Block:
     def __call__(self, x_BTD: Tensor) -> Tensor:
         """The block's output [batch, tokens, width] for hidden states of the same shape."""
         return self.module(x_BTD, **self.call)
+
+    def parts(self, x_BTD: Tensor) -> Sequence[Tensor]:
+        """The hidden states in parts of the same layout, each to be run on its own where no more of the output may be held."""
+        return (x_BTD,)
 
     def linear(self, name: str) -> nn.Linear:
         """The linear `name`, or the one that was put in its place."""

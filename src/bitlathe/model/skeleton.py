@@ -7,6 +7,7 @@ blocks are taps: they record the call they receive and pass the hidden states on
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,9 @@ from bitlathe.io.checkpoint import CONFIG, Checkpoint
 from bitlathe.model.block import Block
 from bitlathe.model.buffers import materialise_buffers
 from bitlathe.model.weights import Weights
+
+# Tokens whose logits are held at a time.
+_PART = 512
 
 
 class _Tap(nn.Module):
@@ -54,6 +58,10 @@ class Head(Block):
     def __call__(self, x_BTD: Tensor) -> Tensor:
         """[batch, tokens, width] to logits [batch, tokens, vocabulary]."""
         return self.module(inputs_embeds=x_BTD, use_cache=False).logits
+
+    def parts(self, x_BTD: Tensor) -> Sequence[Tensor]:
+        """A few tokens [1, tokens, width] at a time: no token's logits depend on another's, and a vocabulary is wide."""
+        return x_BTD.reshape(1, -1, x_BTD.shape[-1]).split(_PART, dim=1)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,13 +40,39 @@ class Tuner(Protocol):
 
 
 @torch.no_grad()
-def block_error(block: Block, inputs: Hidden, targets: Hidden | list[Tensor], *, batches: list[slice]) -> float:
-    """Mean squared error, in float32, of the block's output over the batches; a list of targets has one tensor a batch."""
-    total = count = 0
-    for number, batch in enumerate(batches):
-        wanted = targets[number] if isinstance(targets, list) else targets[batch]
-        error = (block(inputs[batch]).float() - wanted.float()).square_()
-        total, count = total + error.double().sum().item(), count + error.numel()
+def block_error(block: Block, inputs: Hidden, targets: Hidden, *, batches: list[slice]) -> float:
+    """Mean squared error, in float32, of the block's output against the targets over the batches."""
+    return _mean_squared((block(inputs[batch]), targets[batch]) for batch in batches)
+
+
+@torch.no_grad()
+def rounding_error(block: Block, layers: Mapping[str, QuantLayer], inputs: Hidden, *, batches: list[slice]) -> float:
+    """Mean squared error, in float32, of the output of the block that runs `layers` against its output as it is now.
+
+    Leaves the block as it was. Both outputs are made a part at a time (see `Block.parts`), so they are never held.
+    """
+    now = {name: block.linear(name) for name in layers}
+    block.freeze(layers)
+    rounded = {name: block.linear(name) for name in layers}
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            for part in block.parts(inputs[batch]):
+                block.swap(now)
+                wanted = block(part)
+                block.swap(rounded)
+                yield block(part), wanted
+
+    error = _mean_squared(pairs())
+    block.swap(now)
+    return error
+
+
+def _mean_squared(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    total, count = 0.0, 0
+    for output, wanted in pairs:
+        error = (output.float() - wanted.float()).square_()
+        total, count = total + error.sum(dtype=torch.float64).item(), count + error.numel()
     return total / count
 
 

@@ -12,7 +12,7 @@ from bitlathe.model.hidden import Hidden
 from bitlathe.model.walk import Step
 from bitlathe.numerics.project import quantize, search
 from bitlathe.numerics.scheme import Scheme
-from bitlathe.tune.base import Listen, Moments, Tuned, block_error
+from bitlathe.tune.base import Listen, Moments, Tuned, rounding_error
 from bitlathe.tune.options import TuneOptions
 
 # Sequences on which the error before and after is measured.
@@ -45,17 +45,13 @@ class Rtn:
             return Tuned(plain)
         moments = _moments(block, inputs, schemes, batch_size=self.batch_size)
         batches = inputs.batches(min(self.batch_size, _PROBE))[:1]
-        with torch.no_grad():
-            targets = [block(inputs[batch]) for batch in batches]
         layers = {}
         for number, (name, scheme) in enumerate(schemes.items()):
             found = search(weights[name], scheme, moments.mean(name), peak=peaks[name])
             layers[name] = QuantLayer(quantize(weights[name], scheme, found, peak=peaks[name]))
             listen(number + 1, len(schemes), 0.0)
-        block.freeze(plain)
-        before = block_error(block, inputs, targets, batches=batches)
-        block.freeze(layers)
-        return Tuned(layers, before, block_error(block, inputs, targets, batches=batches))
+        before, after = (rounding_error(block, each, inputs, batches=batches) for each in (plain, layers))
+        return Tuned(layers, before, after)
 
 
 @torch.no_grad()
@@ -63,5 +59,6 @@ def _moments(block: Block, inputs: Hidden, schemes: Mapping[str, Scheme], *, bat
     moments = Moments()
     with block.watch(schemes, moments.see):
         for batch in inputs.batches(batch_size):
-            block(inputs[batch])
+            for part in block.parts(inputs[batch]):
+                block(part)
     return moments
