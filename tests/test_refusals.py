@@ -141,8 +141,7 @@ def test_groups_that_do_not_divide_inputs(model: Path) -> None:
             "W4A16 puts 128 inputs under one scale",
             "model.layers.0.self_attn.q_proj (64 inputs)",
             "and 8 more",
-            "groups of 64 or groups of 32 or groups of 16",
-            "_CHANNEL",
+            "these fit: W4A16G32, W4A16G64, W4A16_CHANNEL. Choose one of them",
             "keep them in 16 bits",
         ],
         scheme="W4A16",
@@ -154,17 +153,40 @@ def test_groups_that_do_not_divide_inputs(model: Path) -> None:
 def test_square_blocks_that_do_not_divide_inputs(tmp_path: Path) -> None:
     save_model(tmp_path / "m", hidden_size=96, intermediate_size=136)
     write_text(tmp_path / "m" / "text.txt", 200)
-    words = ["FP8_BLOCK", "q_proj (64 inputs)", "_CHANNEL"]
-    words[1] = "model.layers.0.self_attn.q_proj (96 inputs)"
-    message = refused(PlanError, tmp_path / "m", words, scheme="FP8_BLOCK")
-    assert "groups of" not in message  # nothing that there is divides both 96 and 136
+    # no group that there is divides both 96 and 136
+    words = ["FP8_BLOCK", "model.layers.0.self_attn.q_proj (96 inputs)", "these fit: FP8_TENSOR, FP8_CHANNEL. Choose"]
+    refused(PlanError, tmp_path / "m", words, scheme="FP8_BLOCK")
+
+
+@pytest.mark.usefixtures("sealed")
+def test_groups_of_which_no_other_size_is_known(tmp_path: Path) -> None:
+    save_model(tmp_path / "m", hidden_size=96, intermediate_size=136)
+    write_text(tmp_path / "m" / "text.txt", 200)
+    words = ["MXFP8A16 puts 32 inputs", "model.layers.0.mlp.down_proj (136 inputs)", "these fit: FP8_TENSOR, FP8_CHANNEL"]
+    message = refused(PlanError, tmp_path / "m", words, scheme="MXFP8A16")
+    assert "q_proj" not in message
+    words = ["NVFP4A16 puts 16 inputs", "No scheme of its kind fits. Choose one of another kind", "keep them in 16 bits"]
+    refused(PlanError, tmp_path / "m", words, scheme="NVFP4A16")
+    # Linears that another scheme does not fit are another message's.
+    words = ["NVFP4A16 puts 16 inputs", "inputs of model.layers.0.mlp.down_proj (136 inputs). "]
+    refused(
+        PlanError,
+        tmp_path / "m",
+        words,
+        scheme="W4A16",
+        overrides={"*": "keep", "*.0.mlp.down_proj": "NVFP4A16", "*.1.mlp.down_proj": "W4A16"},
+    )
 
 
 @pytest.mark.usefixtures("sealed")
 def test_a_head_that_is_the_embeddings(tmp_path: Path) -> None:
     save_model(tmp_path / "m", tie_word_embeddings=True)
     write_text(tmp_path / "m" / "text.txt", 200)
-    words = ["lm_head shares its weight with the embeddings", "the override lm_head=W8A16_CHANNEL", "leave it in 16 bits"]
+    words = [
+        "lm_head shares its weight with the embeddings",
+        "the override lm_head=W8A16_CHANNEL",
+        "--override lm_head=keep after",
+    ]
     refused(PlanError, tmp_path / "m", words, overrides={"lm_head": "W8A16_CHANNEL"})
 
 
@@ -484,7 +506,7 @@ def test_an_output_head_that_is_not_finite(model: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--scheme", "W4A16"], ["W4A16 puts 128 inputs", "groups of 64"]),
+        (["--scheme", "W4A16"], ["W4A16 puts 128 inputs", "W4A16G64"]),
         (["--seqlen", "1000"], ["200 tokens", "--seqlen"]),
         (["--override", "nothing=keep"], ["'nothing' matches none", "begin with *"]),
         (["--format", "compressed-tensors", "--override", "*.q_proj=keep"], ["compressed-tensors cannot", "native format"]),

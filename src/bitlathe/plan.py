@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from bitlathe.errors import PlanError
 from bitlathe.numerics.rotation import Rotation
-from bitlathe.numerics.scheme import Scheme, name_of, scheme_named
+from bitlathe.numerics.scheme import SCHEMES, Scheme, name_of, scheme_named
 
 KEEP = "keep"
 
@@ -87,23 +87,29 @@ def resolve(
     for name in tied:
         if name in plan.quantized:
             raise PlanError(
-                f"{name} shares its weight with the embeddings, so {reasons[name]} cannot be done: leave it in 16 bits"
+                f"{name} shares its weight with the embeddings, so {reasons[name]} cannot be done: leave it in 16 bits, with "
+                f"--override {name}={KEEP} after that one"
             )
     _refuse_ragged(plan, shapes)
     return plan, {name: reasons[name] for name, row in plan.linears.items() if row.weight is None}
 
 
 def _refuse_ragged(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:
-    ragged = [name for name, scheme in plan.quantized.items() if not scheme.fits(shapes[name])]
-    if not ragged:
+    scheme = next((scheme for name, scheme in plan.quantized.items() if not scheme.fits(shapes[name])), None)
+    if scheme is None:
         return
+    ragged = [name for name, other in plan.quantized.items() if other == scheme and not scheme.fits(shapes[name])]
     shown = ", ".join(f"{name} ({shapes[name][1]} inputs)" for name in ragged[:4])
     more = f" and {len(ragged) - 4} more" if len(ragged) > 4 else ""
-    sizes = [size for size in (128, 64, 32, 16) if all(shapes[name][1] % size == 0 for name in ragged)]
-    fitting = " or ".join(f"groups of {size}" for size in sizes)
-    scheme = plan.quantized[ragged[0]]
+    fitting = [
+        name
+        for name, other in SCHEMES.items()
+        if (other.grid, other.asymmetric) == (scheme.grid, scheme.asymmetric)
+        and all(other.fits(shapes[linear]) for linear in ragged)
+    ]
+    instead = f"Of its kind these fit: {', '.join(fitting)}" if fitting else "No scheme of its kind fits"
     raise PlanError(
         f"{name_of(scheme)} puts {scheme.block[1]} inputs under one scale, which does not divide the inputs of {shown}{more}. "
-        f"What divides them: {fitting + ', or ' if sizes else ''}one scale a row (_CHANNEL). Choose such a scheme for them "
-        "with an override, or keep them in 16 bits"
+        f"{instead}. Choose {'one of them' if fitting else 'one of another kind'} for these linears with an override, or keep "
+        "them in 16 bits"
     )
