@@ -46,9 +46,10 @@ class Hidden:
         """Whether these states lie in a file."""
         return self._pages is not None
 
-    def batches(self, size: int) -> list[slice]:
-        """Slices of at most `size` sequences that cover all of them in order."""
-        return [slice(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+    def batches(self, size: int, *, first: int | None = None) -> list[slice]:
+        """Slices of at most `size` sequences that cover all of them in order, or the `first` ones."""
+        last = len(self) if first is None else min(first, len(self))
+        return [slice(start, min(start + size, last)) for start in range(0, last, size)]
 
     def _drop_pages(self) -> None:
         # Mapped pages count as resident memory until they are dropped; the file keeps what was written.

@@ -44,7 +44,7 @@ class Rtn:
         if inputs is None:
             return Tuned(plain)
         moments = _moments(block, inputs, schemes, batch_size=self.batch_size)
-        batches = inputs.batches(min(self.batch_size, _PROBE))[:1]
+        batches = inputs.batches(self.batch_size, first=_PROBE)
         layers = {}
         for number, (name, scheme) in enumerate(schemes.items()):
             found = search(weights[name], scheme, moments.mean(name), peak=peaks[name])
