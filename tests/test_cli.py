@@ -93,6 +93,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     return calls
 
 
+@pytest.fixture
+def finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every folder holds the report of a finished run."""
+    monkeypatch.setattr("bitlathe.report.read_report", lambda folder: {"seconds": 75.0})
+
+
 def test_the_options_are_frozen() -> None:
     commands = get_command(cli.app).commands  # type: ignore[attr-defined]
     found = {
@@ -140,6 +146,7 @@ def test_version() -> None:
     assert invoke("--version").output == f"bitlathe {VERSION}\n"
 
 
+@pytest.mark.usefixtures("finished")
 def test_quantize_passes_everything_on(asked: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("scheme: W3A16\nseqlen: 512\noverrides: {'*.v_proj': W8A16}\nmemory: {activations: 1GiB}\n")
@@ -168,9 +175,18 @@ def test_quantize_passes_everything_on(asked: dict[str, dict[str, Any]], tmp_pat
     assert call == expected | {"restart": True}
 
 
+@pytest.mark.usefixtures("finished")
 def test_the_summary_says_what_was_made_and_where(asked: dict[str, dict[str, Any]]) -> None:
-    output = invoke("quantize", "builtin", "--out", "out").output
-    for words in ("Quantized 1 of 2 linears", "lm_head (the output head)", "4.125 bits", "10.062", "bitlathe.load('out')"):
+    output = invoke("quantize", "my models/[tiny]", "--out", "out").output
+    measure = "bitlathe eval out --against 'my models/[tiny]'"
+    assert measure in output.splitlines()[-1]
+    for words in (
+        "1 of 2 linears are quantized, which took 1 min 15 s in all",
+        "lm_head (the output head)",
+        "4.125 bits",
+        "10.062",
+        "bitlathe.load('out')",
+    ):
         assert words in output, output
 
 
@@ -211,6 +227,9 @@ def test_an_interruption_says_how_to_continue(monkeypatch: pytest.MonkeyPatch) -
     done = invoke("quantize", "builtin", "--out", "x")
     assert done.exit_code == 130
     assert "the same command continues" in done.stderr
+    monkeypatch.setitem(vars(bitlathe), "evaluate", interrupt)
+    done = invoke("eval", "x")
+    assert (done.exit_code, done.stderr) == (130, "Interrupted.\n")
 
 
 def test_eval_passes_everything_on_and_prints_figures(asked: dict[str, dict[str, Any]]) -> None:
@@ -268,7 +287,16 @@ def quiet() -> Iterator[Any]:
 def test_the_display_prints_a_line_for_every_block() -> None:
     out = StringIO()
     block = BlockReport(
-        block=0, blocks=2, name="b", linears=7, loss_before=0.5, loss_after=0.25, seconds=75.0, peak_ram=2**30, peak_vram=0
+        block=0,
+        blocks=2,
+        name="b",
+        linears=7,
+        loss_before=0.5,
+        loss_after=0.25,
+        seconds=75.0,
+        elapsed=80.0,
+        peak_ram=2**30,
+        peak_vram=0,
     )
     with progress.Display(Console(file=out, width=200)) as listen:
         listen(Note("noted [so]"))

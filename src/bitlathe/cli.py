@@ -7,7 +7,6 @@ does is fetched when a command runs, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
-import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +32,7 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 # What a command needs and `--help` does not; these import torch.
 _LATE: dict[str, str] = {
     "display": "bitlathe.progress:Display",
+    "report": "bitlathe.report:read_report",
     "record": "bitlathe.report:record_evaluation",
     "demo": "bitlathe.demo:demo",
 }
@@ -52,7 +52,8 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt as error:
             if ctx.params["traceback"]:
                 raise
-            words = "Interrupted. Finished blocks are safe: the same command continues after the last of them."
+            safe = " Finished blocks are safe: the same command continues after the last of them."
+            words = f"Interrupted.{safe if ctx.invoked_subcommand == 'quantize' else ''}"
             Console(stderr=True).print(words, style="red", highlight=False, soft_wrap=True)
             raise Exit(_INTERRUPTED) from error
 
@@ -84,7 +85,7 @@ _SETTABLE = ", ".join(
     [
         f"memory.activations={human(Memory().activations)} (bytes)",
         *(f"rtn.{name}={value}" for name, value in RtnOptions()),
-        *(f"signround.{name}={value}" for name, value in SignRoundOptions()),
+        *(f"signround.{name}={'1/iters' if value is None else value}" for name, value in SignRoundOptions()),
     ]
 )
 
@@ -123,7 +124,12 @@ def quantize(
         Option(metavar="NAME", show_default=_default("scheme"), help="Scheme of every linear; see 'bitlathe list schemes'."),
     ] = None,
     out: Annotated[
-        Path | None, Option(metavar="DIR", show_default="required", help="Folder of the result; one inside it per format.")
+        Path | None,
+        Option(
+            metavar="DIR",
+            show_default="required",
+            help="Folder of the result; with several formats one folder inside it per format.",
+        ),
     ] = None,
     formats: Annotated[
         str | None,
@@ -166,7 +172,7 @@ def quantize(
     ] = None,
     seed: Annotated[int | None, Option(metavar="N", show_default=_default("seed"), help="Of every random choice.")] = None,
     restart: Annotated[
-        bool, Option("--restart", show_default="off", help="Throw away an unfinished run in --out instead of continuing it.")
+        bool, Option("--restart", show_default="off", help="Throw away what an earlier run left in --out, finished or not.")
     ] = False,
 ) -> None:
     """Quantize MODEL into a folder. Stopped at any moment, the same command continues."""
@@ -189,12 +195,12 @@ def quantize(
     given = {name: value for name, value in options.items() if value is not None}
     asked = merge(read_yaml(recipe) if recipe else {}, given, parse_sets(sets or ()))
     fields = asked.model_dump()
-    started = time.perf_counter()
     with load(_LATE["display"])() as listen:
         bitlathe.quantize(fields.pop("model"), **fields, restart=restart, listen=listen)
-    seconds = time.perf_counter() - started
     folders = [asked.out / name for name in asked.formats] if len(asked.formats) > 1 else [asked.out]
-    tables.show_summary([bitlathe.inspect(folder) for folder in folders], seconds=seconds)
+    # Not this call's own time: the result may be the work of several, or have been there before.
+    seconds = load(_LATE["report"])(folders[0])["seconds"]
+    tables.show_summary([bitlathe.inspect(folder) for folder in folders], model=asked.model, seconds=seconds)
 
 
 @app.command("eval")
@@ -204,7 +210,9 @@ def eval_command(
     against: Annotated[
         str | None, Option(metavar="MODEL", show_default="none: perplexity alone", help="Original to compare with.")
     ] = None,
-    text: Annotated[str, Option(metavar="FILE|builtin", help="Text to measure on, never the calibration's.")] = "builtin",
+    text: Annotated[
+        str, Option(metavar="NAME|FILE|builtin", help="Text: Hub data set or file, never the calibration's.")
+    ] = "builtin",
     seqlen: Annotated[int, Option(metavar="TOKENS", help="Length of a window, in tokens.")] = 2048,
     windows: Annotated[
         int | None, Option(metavar="N", show_default="all", help="Windows to measure, from the text's beginning.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,19 +28,27 @@ _FIGURES: dict[str, str] = {
 }
 
 
-def show_summary(results: Sequence[Mapping[str, Any]], *, seconds: float) -> None:
-    """The end of a run. results: what `bitlathe.inspect` returns for each format's folder, at least one."""
+def show_summary(results: Sequence[Mapping[str, Any]], *, model: str, seconds: float) -> None:
+    """The end of a run.
+
+    results: what `bitlathe.inspect` returns for each format's folder, at least one. model: the original. seconds: what all
+    runs that made them took together.
+    """
     console = _console()
     first = results[0]
-    console.print(f"Quantized {first['quantized']} of {len(first['linears'])} linears in {duration(seconds)}.")
+    console.print(
+        f"{first['quantized']} of {len(first['linears'])} linears are quantized, which took {duration(seconds)} in all."
+    )
     _print_kept(console, first)
     for result in results:
         console.print(
             f"{result['format']}: {human(result['bytes'])} in {result['model']}, {_bits(result['bits_quantized'])} bits a "
-            f"quantized weight and {_bits(result['bits_linears'])} over all linears, as the file holds them"
+            f"quantized weight and {_bits(result['bits_linears'])} over all linears, as the file holds them",
+            markup=False,
         )
-    console.print(f"Load it:    import bitlathe; model = bitlathe.load({first['model']!r})")
-    console.print(f"Measure it: bitlathe eval {first['model']} --against MODEL")
+    console.print(f"Load it:    import bitlathe; model = bitlathe.load({first['model']!r})", markup=False)
+    measure = shlex.join(["bitlathe", "eval", first["model"], "--against", model])
+    console.print(f"Measure it: {measure}", markup=False)
 
 
 def show_evaluation(result: Mapping[str, Any]) -> None:
