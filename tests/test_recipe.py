@@ -95,9 +95,9 @@ def test_refusals_name_the_field_and_what_would_work(fields: dict[str, object], 
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/anna")
-    assert Recipe(model="builtin", out=Path("~/q")).out == Path("/home/anna/q")
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Recipe(model="builtin", out=Path("~/q")).out == tmp_path / "q"
     with pytest.raises(RecipeError, match=r"'out'.*write the path in full.*~nobody-of-that-name"):
         Recipe(model="builtin", out=Path("~nobody-of-that-name/q"))
 

@@ -8,8 +8,6 @@ No torch in this file: `--help` reads it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -177,10 +175,6 @@ class Recipe(BaseModel):
         for name, value in self.model_dump(mode="json", exclude={"model", "out", "calib", "device", "memory"}).items():
             plain |= {f"{name}.{key}": part for key, part in value.items()} if name in _SECTIONS else {name: value}
         return plain
-
-    def digest(self) -> str:
-        """A hash that two recipes share only when `settings` are equal, the order of overrides included."""
-        return hashlib.sha256(json.dumps(self.settings()).encode()).hexdigest()
 
 
 def merge(*layers: Mapping[str, Any]) -> Recipe:
