@@ -22,7 +22,7 @@ from bitlathe.tune.options import SignRoundOptions
 from bitlathe.tune.signround import SignRound
 
 # The two sides take turns: so many steps each, so many times, on so many blocks.
-_STEPS, _TURNS, _BLOCKS = 40, 5, 2
+_STEPS, _TURNS, _BLOCKS = 20, 7, 2
 
 
 def table(model: str, calib: str, *, device: str) -> Iterator[str]:

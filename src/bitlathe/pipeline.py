@@ -34,8 +34,9 @@ def quantize(
 ) -> Plan:
     """Quantize a model into `out` and return the plan that was carried out.
 
-    model: a folder or a Hub id. fields: any other field of `Recipe`. restart: throw away an unfinished run of another recipe.
-    listen: called with every event of `bitlathe.report`. A run that was interrupted continues when called again.
+    model: a folder or a Hub id. fields: any other field of `Recipe`. restart: throw away what an earlier run left in `out`,
+    finished or not. listen: called with every event of `bitlathe.report`. A run that was interrupted continues when called
+    again.
     Raises a BitlatheError before any weight is read when something asked for cannot be done.
     """
     return run(
