@@ -25,10 +25,10 @@ _DEPTHS = (8, 32)
 _RUNS = 3
 _WIDTH, _MID = 512, 1536
 _QUANTIZE = (
-    "import sys, json, bitlathe; from bitlathe.report import peak_memory; "
+    "import sys, json, torch, bitlathe; from bitlathe.report import peak_memory; "
     "fields = {'calib': 'builtin', 'samples': 4, 'seqlen': 128, 'batch_size': 4, **json.loads(sys.argv[3])}; "
     "bitlathe.quantize(sys.argv[1], out=sys.argv[2], **fields); "
-    "print(peak_memory()[0])"
+    "print(peak_memory(torch.device('cpu'))[0])"
 )
 _RUN: dict[str, dict[str, object]] = {"rtn": {"tuner": "rtn"}, "signround, 2 steps": {"tuner": "signround", "iters": 2}}
 

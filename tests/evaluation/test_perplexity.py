@@ -247,7 +247,8 @@ def test_what_is_recorded_leaves_the_rest_of_the_report(made: Path, result: Path
 
 def test_a_recorded_folder_is_still_ours(made: Path, tmp_path: Path) -> None:
     recipe = {"model": str(made / "m"), "out": tmp_path / "q", "scheme": "W3A16G32", "tuner": "rtn"}
-    run(merge(recipe, {"rtn": {"scale": "min-max"}}), restart=False, listen=lambda event: None)
+    recipe |= {"rtn": {"scale": "min-max"}}
+    run(merge(recipe), restart=False, listen=lambda event: None)
     assert record_evaluation(tmp_path / "q", bitlathe.evaluate(tmp_path / "q", text=str(made / "text.txt"), seqlen=SEQLEN))
     told: list[Any] = []
     run(merge(recipe), restart=False, listen=told.append)
