@@ -64,14 +64,23 @@ def run(recipe: Recipe, *, restart: bool, listen: Listener) -> Plan:
             return ready.plan
         # As if the run had never been interrupted: what is told of time counts the runs before this one.
         began -= max((record["elapsed"] for record in writer.done.values()), default=0.0)
-        start = _start(ready, writer)
-        for step in walk(ready.skeleton, ready.weights, start, batch_size=recipe.batch_size):
-            listen(_turn(ready, writer, step, listen, began=began))
-        tail = start.streams[0] if start.streams else None
-        head = Step(ready.skeleton.head(ready.weights), tail, None)
-        listen(_turn(ready, writer, head, listen, began=began))
+        try:
+            _every_turn(ready, writer, listen, began=began)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} ({len(writer.done)} of {depth + 1} parts of the result are finished and safe: the same command "
+                "continues)"
+            ) from error
         finish(ready, writer, seconds=time.perf_counter() - began)
     return ready.plan
+
+
+def _every_turn(ready: Prepared, writer: Writer, listen: Listener, *, began: float) -> None:
+    start = _start(ready, writer)
+    for step in walk(ready.skeleton, ready.weights, start, batch_size=ready.recipe.batch_size):
+        listen(_turn(ready, writer, step, listen, began=began))
+    tail = start.streams[0] if start.streams else None
+    listen(_turn(ready, writer, Step(ready.skeleton.head(ready.weights), tail, None), listen, began=began))
 
 
 def _start(ready: Prepared, writer: Writer) -> Start:
