@@ -6,7 +6,6 @@ Every linear has a row; a row without a weight scheme is kept in 16 bits.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -46,10 +45,6 @@ class Plan(BaseModel):
     def quantized(self) -> dict[str, Scheme]:
         """The linears that are quantized, with their schemes."""
         return {name: row.weight for name, row in self.linears.items() if row.weight is not None}
-
-    def digest(self) -> str:
-        """A hash that two plans share only when they are equal."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 def resolve(

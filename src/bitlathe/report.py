@@ -18,12 +18,11 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from bitlathe.errors import CheckpointError
 from bitlathe.io.checkpoint import Checkpoint, TensorInfo
 from bitlathe.io.sizes import human
-from bitlathe.io.writer import replace_file
+from bitlathe.io.writer import REPORT, TOOL, replace_file
 from bitlathe.model.source import open_model, stored_dtype
 from bitlathe.numerics.scheme import name_of
 from bitlathe.plan import Plan
 
-REPORT = "report.json"
 CARD = "README.md"
 
 
@@ -131,7 +130,7 @@ def read_report(folder: Path | str) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} has no report.json of a finished run ({error})") from error
-    if not isinstance(report, dict) or report.get("tool") != "bitlathe":
+    if not isinstance(report, dict) or report.get("tool") != TOOL:
         raise CheckpointError(f"{path} was not written by bitlathe")
     return report
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from bitlathe.formats.base import Format
 from bitlathe.io.checkpoint import CONFIG
-from bitlathe.io.writer import Writer
+from bitlathe.io.writer import REPORT, TOOL, Writer
 from bitlathe.prepare import CODES, Prepared
-from bitlathe.report import CARD, REPORT, as_json, card, sizes_of
+from bitlathe.report import CARD, as_json, card, sizes_of
 from bitlathe.version import VERSION
 
 # The names of dtypes in config.json.
@@ -48,7 +48,7 @@ def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, second
     sizes.pop("linears")  # `inspect` reads them off the files
     plan = ready.plan.model_dump(mode="json")
     report = {
-        "tool": "bitlathe",
+        "tool": TOOL,
         "version": VERSION,
         "format": name,
         "hub_model": checkpoint.source if checkpoint.from_hub else None,

@@ -49,12 +49,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def check(folder: Path, format: Format, config: PretrainedConfig, dtype: Literal["bf16", "fp16"] = "bf16") -> None:
