@@ -9,6 +9,7 @@ import pytest
 
 from bitlathe.errors import BitlatheError, RecipeError
 from bitlathe.formats import ALIASES, FORMATS
+from bitlathe.numerics.rotation import Rotation
 from bitlathe.recipe import Memory, Recipe, merge, parse_overrides, parse_sets, read_yaml
 from bitlathe.registry import canonical, did_you_mean, resolve
 from bitlathe.tune import TUNERS
@@ -23,6 +24,13 @@ def test_defaults_are_the_documented_ones() -> None:
         "out": Path("out"),
         "scheme": "W4A16",
         "overrides": {},
+        "rotate": (),
+        "rotation_block": None,
+        "rotation_seed": 0,
+        "rotation_trials": 1,
+        "act_asymmetric": False,
+        "act_clip": 1.0,
+        "kv": None,
         "formats": ("native",),
         "tuner": "signround",
         "iters": 200,
@@ -40,7 +48,11 @@ def test_defaults_are_the_documented_ones() -> None:
 
 
 def test_a_recipe_survives_its_own_dump() -> None:
-    recipe = merge(MINIMAL, {"formats": "native,fake", "overrides": {"*": "w8a16"}, "memory": {"activations": "1GiB"}})
+    recipe = merge(
+        MINIMAL,
+        {"formats": "native,fake", "overrides": {"*": "w8a16"}, "memory": {"activations": "1GiB"}, "kv": 4},
+        {"rotate": "R4:random,R1", "rotation_block": 32, "rotation_seed": 7, "rotation_trials": 4, "act_asymmetric": True},
+    )
     assert Recipe(**recipe.model_dump()) == recipe
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
@@ -50,6 +62,23 @@ def test_a_recipe_survives_its_own_dump() -> None:
     [
         ("scheme", "w4a16-g128", "W4A16"),
         ("scheme", "w4_a16_channel", "W4A16_CHANNEL"),
+        ("scheme", "w4a4", "W4A4"),
+        ("scheme", "int8", "W8A8"),
+        ("scheme", "fp8-dynamic", "FP8_DYNAMIC"),
+        ("rotate", "r4,R1 , r2", ("R1", "R2", "R4")),
+        ("rotate", ["R1:Hadamard", "r4:RANDOM"], ("R1:hadamard", "R4:random")),
+        ("rotate", "R1:random,R3:hadamard", ("R1", "R3")),
+        ("rotate", "Hadamard", ("R1", "R2")),
+        ("rotate", "hadamard,R4", ("R1", "R2", "R4")),
+        ("rotate", "None", ()),
+        ("rotate", [], ()),
+        ("act_asymmetric", "true", True),
+        ("act_clip", "0.9", 0.9),
+        ("kv", "kv4", "KV4"),
+        ("kv", "8", "KV8"),
+        ("kv", 4, "KV4"),
+        ("kv", "None", None),
+        ("kv", None, None),
         ("overrides", {"*.q_proj": "Keep", "*": "nvfp4a16"}, {"*.q_proj": "keep", "*": "NVFP4A16"}),
         ("formats", "Native,compressed_tensors", ("native", "compressed-tensors")),
         ("formats", ["fake"], ("dense",)),
@@ -77,6 +106,26 @@ def test_spellings(field: str, typed: object, meant: object) -> None:
         ({"tuner": "singround"}, ["'tuner'", "singround", "rtn, signround", "Did you mean 'signround'?"]),
         ({"device": "gpu"}, ["'device'", "gpu", "cuda"]),
         ({"dtype": "fp8"}, ["'dtype'", "fp8", "bf16"]),
+        ({"rotate": "R5"}, ["'rotate'", "'R5'", "R1 turns the residual", "R2 turns", "R3 turns", "R4 turns", "hadamard"]),
+        ({"rotate": "R1,r1:hadamard"}, ["'rotate'", "R1 is named twice"]),
+        ({"rotate": "hadamard,R2"}, ["'rotate'", "R2 is named twice"]),
+        ({"rotate": "R4:sylvester"}, ["'rotate'", "R4:sylvester", "R4:hadamard, R4:random"]),
+        ({"rotate": "R4:"}, ["'rotate'", "R4:hadamard, R4:random"]),
+        ({"rotate": "none,R1"}, ["'rotate'", "'none'"]),
+        ({"rotate": ""}, ["'rotate'", "with commas"]),
+        ({"rotate": 1}, ["'rotate'", "with commas"]),
+        ({"rotation_block": 32}, ["'rotation_block'", "nothing is rotated", "R1,R2"]),
+        ({"rotation_seed": 1}, ["'rotation_seed'", "nothing is rotated"]),
+        ({"rotation_trials": 2}, ["'rotation_trials'", "nothing is rotated"]),
+        ({"rotate": "R4", "rotation_trials": 2}, ["'rotation_trials'", "signs", "R4:random"]),
+        ({"rotate": "R1", "rotation_block": 0}, ["'rotation_block'", "greater than 0"]),
+        ({"rotate": "R1", "rotation_trials": 0}, ["'rotation_trials'", "greater than 0"]),
+        ({"act_clip": 0}, ["'act_clip'", "greater than 0"]),
+        ({"act_clip": 1.5}, ["'act_clip'", "less than or equal to 1"]),
+        ({"act_clip": float("nan")}, ["'act_clip'"]),
+        ({"kv": "KV2"}, ["'kv'", "cache scheme 'kv2'", "KV8, KV4"]),
+        ({"kv": 16}, ["'kv'", "KV8, KV4"]),
+        ({"kv": ["KV4"]}, ["'kv'", "string"]),
         ({"iters": 0}, ["'iters'", "greater than 0"]),
         ({"seqlen": "long"}, ["'seqlen'", "integer", "long"]),
         ({"seed": -1}, ["'seed'"]),
@@ -93,6 +142,28 @@ def test_refusals_name_the_field_and_what_would_work(fields: dict[str, object], 
     with pytest.raises(RecipeError) as caught:
         merge(MINIMAL, fields)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_finding_in_rotate_is_one_finding() -> None:
+    with pytest.raises(RecipeError) as caught:
+        merge(MINIMAL, {"rotate": "R9", "rotation_block": 32, "rotation_trials": 4})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_rotations_are_values_with_the_usual_kinds() -> None:
+    plain = merge(MINIMAL, {"rotate": "R3,R4,R1,R2"}).rotations()
+    assert plain == (
+        Rotation(space="residual", block=0, kind="random", seed=0),
+        Rotation(space="value", block=0, kind="random", seed=0),
+        Rotation(space="qk", block=0, kind="hadamard", seed=0),
+        Rotation(space="mid", block=0, kind="hadamard", seed=0),
+    )
+    chosen = merge(MINIMAL, {"rotate": "R4:random,R1:hadamard", "rotation_block": 32, "rotation_seed": 5, "rotation_trials": 2})
+    assert chosen.rotations() == (
+        Rotation(space="residual", block=32, kind="hadamard", seed=5),
+        Rotation(space="mid", block=32, kind="random", seed=5),
+    )
+    assert merge(MINIMAL).rotations() == ()
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -179,6 +250,7 @@ def test_the_settings_are_what_changes_the_result_and_nothing_else() -> None:
         {"out": "elsewhere"},
         {"memory": {"activations": "1GiB"}},
         {"scheme": "w4-a16"},
+        {"rotate": "none", "rotation_seed": 0, "rotation_trials": 1, "rotation_block": None, "kv": "none", "act_clip": 1},
         # A run knows these three by their content.
         {"model": "/elsewhere"},
         {"calib": "same.txt"},
@@ -188,6 +260,14 @@ def test_the_settings_are_what_changes_the_result_and_nothing_else() -> None:
     other = (
         {"seed": 1},
         {"formats": "dense"},
+        {"rotate": "R1"},
+        {"rotate": "R1:hadamard"},
+        {"rotate": "R1", "rotation_block": 32},
+        {"rotate": "R1", "rotation_seed": 1},
+        {"rotate": "R1", "rotation_trials": 2},
+        {"act_asymmetric": True},
+        {"act_clip": 0.9},
+        {"kv": 8},
         {"signround": {"lr": 1}},
         {"rtn": {"scale": "min-max"}},
         {"overrides": {"a": "keep", "b": "W8A16"}},

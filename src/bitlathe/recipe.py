@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,13 +32,42 @@ from pydantic import (
 from bitlathe.errors import RecipeError
 from bitlathe.formats import ALIASES, FORMATS
 from bitlathe.io.sizes import parse_size
-from bitlathe.numerics.scheme import canonical_name
+from bitlathe.numerics.rotation import Rotation
+from bitlathe.numerics.scheme import KV_SCHEMES, canonical_name
 from bitlathe.plan import KEEP
 from bitlathe.registry import canonical, did_you_mean
 from bitlathe.tune import TUNERS
 from bitlathe.tune.options import RtnOptions, SignRoundOptions, TuneOptions
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_NONE = "none"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A rotation that users can name.
+
+    space, kind: of its Rotation, the kind unless another is asked for. turns: what is turned. applied: folded into weights, or
+    online. reader: what it spreads the outliers for.
+    """
+
+    space: Literal["residual", "value", "qk", "mid"]
+    kind: Literal["hadamard", "random"]
+    turns: str
+    applied: str
+    reader: str
+
+
+ROTATIONS: dict[str, Turn] = {
+    "R1": Turn(
+        "residual", "random", "the residual stream", "folded; online where blocks end in a norm", "inputs of q, k, v, gate, up"
+    ),
+    "R2": Turn("value", "random", "the values of each head", "folded", "the input of o_proj; cached values"),
+    "R3": Turn("qk", "hadamard", "queries and keys after RoPE", "online", "cached keys"),
+    "R4": Turn("mid", "hadamard", "the input of down_proj", "online", "the input of down_proj"),
+}
+# Everything that folds into weights, so that any reader can load the result.
+_TOGETHER: dict[str, tuple[str, ...]] = {"HADAMARD": ("R1", "R2")}
 
 
 class Memory(BaseModel):
@@ -60,11 +90,15 @@ class Recipe(BaseModel):
     """What is asked for; everything but `model` and `out` has a default.
 
     model: a folder, a Hub id, or "builtin". out: the folder of the result. scheme: the name of the scheme that every linear
-    gets. overrides: glob over full linear names -> scheme name or "keep"; the last that matches wins. formats: the checkpoints
-    written. tuner: how codes are found. iters: its steps a block. batch_size: sequences a step. calib: a data set on the
-    Hub, a text file, or "builtin". samples, seqlen: calibration windows and their length in tokens. device: auto, cpu, cuda or
-    cuda:i. dtype: of what stays in 16 bits; auto follows the model. seed: of every random choice. memory, rtn, signround: see
-    their types.
+    gets. overrides: glob over full linear names -> scheme name or "keep"; the last that matches wins. rotate: names in
+    ROTATIONS, each alone or with a kind ("R4:random", "R1:hadamard"); "hadamard" is R1 and R2, "none" nothing. rotation_block:
+    size of the diagonal blocks of all of them; None turns whole spaces. rotation_seed: of their random signs. rotation_trials:
+    how many vectors of signs are drawn, of which the best is kept. act_asymmetric: integer activations have a zero point.
+    act_clip: part of a range of activations that is kept, at most 1. kv: the scheme of cached keys and values, a name in
+    KV_SCHEMES or its bits; None keeps them. formats: the checkpoints written. tuner: how codes are found. iters: its steps a
+    block. batch_size: sequences a step. calib: a data set on the Hub, a text file, or "builtin". samples, seqlen: calibration
+    windows and their length in tokens. device: auto, cpu, cuda or cuda:i. dtype: of what stays in 16 bits; auto follows the
+    model. seed: of every random choice but the signs of rotations. memory, rtn, signround: see their types.
 
     Raises RecipeError, naming the field, for anything that is not understood.
     """
@@ -75,6 +109,13 @@ class Recipe(BaseModel):
     out: Path
     scheme: str = "W4A16"
     overrides: dict[str, str] = {}
+    rotate: tuple[str, ...] = ()
+    rotation_block: PositiveInt | None = None
+    rotation_seed: NonNegativeInt = 0
+    rotation_trials: PositiveInt = 1
+    act_asymmetric: bool = False
+    act_clip: float = Field(default=1.0, gt=0, le=1)
+    kv: str | None = None
     formats: tuple[str, ...] = ("native",)
     tuner: str = "signround"
     iters: PositiveInt = 200
@@ -120,13 +161,40 @@ class Recipe(BaseModel):
     def _overrides(cls, wanted: dict[str, str]) -> dict[str, str]:
         return {glob: KEEP if name.lower() == KEEP else _known_scheme(name) for glob, name in wanted.items()}
 
+    @field_validator("rotate", mode="before")
+    @classmethod
+    def _rotate(cls, names: Any) -> tuple[str, ...]:
+        parts = _parts(names)
+        return _rotations([] if [part.lower() for part in parts] == [_NONE] else parts)
+
+    @field_validator("rotation_block", "rotation_seed", "rotation_trials")
+    @classmethod
+    def _of_rotations(cls, value: int | None, info: ValidationInfo) -> int | None:
+        name = str(info.field_name)
+        # Where `rotate` itself was refused it is not in the data.
+        if value == cls.model_fields[name].default or "rotate" not in info.data:
+            return value
+        if not info.data["rotate"]:
+            raise ValueError("nothing is rotated: give rotate as well, such as R1,R2, or leave this out")
+        if name == "rotation_trials" and all(kind == "hadamard" for _, kind in map(_turn, info.data["rotate"])):
+            raise ValueError("no rotation has random signs to draw: ask for one, such as R1 or R4:random, or leave this out")
+        return value
+
+    @field_validator("kv", mode="before")
+    @classmethod
+    def _kv(cls, name: Any) -> Any:
+        if not isinstance(name, str | int):
+            return name
+        spellings = {known.removeprefix("KV"): known for known in KV_SCHEMES} | {_NONE: None}
+        text = str(name).lower()
+        return spellings[text] if text in spellings else _known(text, dict.fromkeys(KV_SCHEMES, ""), "cache scheme")
+
     @field_validator("formats", mode="before")
     @classmethod
     def _formats(cls, names: Any) -> tuple[str, ...]:
-        parts = names.split(",") if isinstance(names, str) else names
-        if not isinstance(parts, list | tuple) or not parts or not all(isinstance(part, str) for part in parts):
-            raise ValueError("one name or several, as a list or with commas between them")
-        formats = tuple(_known(part.strip(), FORMATS, "format", ALIASES) for part in parts)
+        formats = tuple(_known(part, FORMATS, "format", ALIASES) for part in _parts(names))
+        if not formats:
+            raise ValueError("name at least one")
         if len(set(formats)) < len(formats):
             raise ValueError(f"a format is named twice: {', '.join(formats)}")
         return formats
@@ -160,6 +228,11 @@ class Recipe(BaseModel):
     def from_yaml(cls, path: str | Path) -> Recipe:
         """The recipe in a yaml file, which must name `model` and `out`. Raises RecipeError."""
         return merge(read_yaml(path))
+
+    def rotations(self) -> tuple[Rotation, ...]:
+        """What is asked to be turned, in the order R1 to R4; block 0 is the whole space, whatever its size will be."""
+        same = {"block": self.rotation_block or 0, "seed": self.rotation_seed}
+        return tuple(Rotation(space=ROTATIONS[name].space, kind=kind, **same) for name, kind in map(_turn, self.rotate))
 
     def tuning(self) -> TuneOptions:
         """What a tuner may know of the recipe."""
@@ -241,6 +314,41 @@ def _known(name: str, table: Mapping[str, str], kind: str, aliases: Mapping[str,
         return canonical(name, table, kind, aliases)
     except RecipeError as error:
         raise ValueError(str(error)) from error
+
+
+def _parts(names: Any) -> list[str]:
+    """Names in a list, or in a text with commas between them, without spaces around. Raises ValueError for anything else."""
+    parts = names.split(",") if isinstance(names, str) else names
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts) or parts == [""]:
+        raise ValueError("one name or several, as a list or with commas between them")
+    return [part.strip() for part in parts]
+
+
+def _rotations(names: Iterable[str]) -> tuple[str, ...]:
+    """Rotations as they are typed, in the order of the table, a kind only where it is not the usual one."""
+    chosen: dict[str, str] = {}
+    for typed in names:
+        for part in _TOGETHER.get(typed.upper(), (typed,)):
+            name, kind = _turn(part)
+            if name in chosen:
+                raise ValueError(f"{name} is named twice")
+            chosen[name] = name if kind == ROTATIONS[name].kind else f"{name}:{kind}"
+    return tuple(chosen[name] for name in ROTATIONS if name in chosen)
+
+
+def _turn(typed: str) -> tuple[str, Literal["hadamard", "random"]]:
+    """A name and a kind from "r4:Random"; the usual kind where none is typed. Raises ValueError for an unknown name or kind."""
+    name, colon, kind = (part.strip() for part in typed.partition(":"))
+    if name.upper() not in ROTATIONS:
+        known = "; ".join(f"{known} turns {turn.turns}" for known, turn in ROTATIONS.items())
+        raise ValueError(f"unknown rotation {typed!r}. Known: {known}. hadamard is R1 and R2, none is nothing")
+    turn = ROTATIONS[name.upper()]
+    match kind.lower():
+        case "hadamard" | "random" as known:
+            return name.upper(), known
+        case "" if not colon:
+            return name.upper(), turn.kind
+    raise ValueError(f"unknown kind of rotation {typed!r}. Known: {name.upper()}:hadamard, {name.upper()}:random (its signs)")
 
 
 def _known_scheme(name: str) -> str:
