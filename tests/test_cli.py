@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import bitlathe
 from bitlathe import cli, progress
 from bitlathe.errors import PlanError
-from bitlathe.numerics.scheme import SCHEMES
+from bitlathe.numerics.scheme import PRESETS
 from bitlathe.report import BlockReport, Note, Step
 from bitlathe.version import VERSION
 
@@ -37,6 +37,13 @@ FROZEN = {
         "--seqlen",
         "--batch-size",
         "--override",
+        "--rotate",
+        "--rotation-block",
+        "--rotation-seed",
+        "--rotation-trials",
+        "--act-asym/--act-sym",
+        "--act-clip",
+        "--kv",
         "--recipe",
         "--set",
         "--device",
@@ -55,14 +62,27 @@ INSPECTED = {
     "format": "native",
     "dtype": "bf16",
     "linears": [
-        {"name": "a.q_proj", "scheme": "W4A16", "shape": [8, 128], "bits": 4.125, "bytes": 528, "kept": None},
-        {"name": "lm_head", "scheme": None, "shape": [8, 128], "bits": 16.0, "bytes": 2048, "kept": "the output head"},
+        {"name": "a.q_proj", "scheme": "W4A16", "shape": [8, 128], "bits": 4.125, "bytes": 528, "kept": None}
+        | {"activations": None},
+        {"name": "lm_head", "scheme": None, "shape": [8, 128], "bits": 16.0, "bytes": 2048, "kept": "the output head"}
+        | {"activations": None},
     ],
+    "rotations": [],
+    "untied": False,
+    "kv": None,
     "quantized": 1,
     "bytes": 2576,
     "bits_quantized": 4.125,
     "bits_linears": 10.0625,
     "bits_checkpoint": 10.0625,
+}
+FOLDED = {"name": "R1", "space": "residual", "kind": "random", "block": 128, "seed": 77, "online": False} | dict.fromkeys(
+    ["linears", "operations", "bytes"], 0
+)
+ONLINE = {"name": "R4", "space": "mid", "kind": "hadamard", "block": 256, "seed": 77, "online": True} | {
+    "linears": 8,
+    "operations": 16384,
+    "bytes": 65536,
 }
 FIGURE = {"value": 0.25, "error": 0.03125}
 EVALUATED = {"model": "out", "against": "builtin", "text": "builtin", "windows": 3, "seqlen": 64} | dict.fromkeys(
@@ -103,7 +123,9 @@ def test_the_options_are_frozen() -> None:
     commands = get_command(cli.app).commands  # type: ignore[attr-defined]
     found = {
         name: [
-            parameter.metavar or parameter.name.upper() if parameter.param_type_name == "argument" else parameter.opts[0]
+            parameter.metavar or parameter.name.upper()
+            if parameter.param_type_name == "argument"
+            else "/".join([parameter.opts[0], *parameter.secondary_opts])
             for parameter in command.params
         ]
         for name, command in commands.items()
@@ -154,6 +176,8 @@ def test_quantize_passes_everything_on(asked: dict[str, dict[str, Any]], tmp_pat
         *("quantize", "builtin", "--out", "out", "--recipe", str(recipe), "--format", "native,fake", "--tuner", "rtn"),
         *("--seqlen", "256", "--override", "*.q_proj=keep", "--override", "*.k_proj=w8", "--set", "samples=16"),
         *("--override", "*.k_proj=w8a16", "--set", "signround.lr=0.5", "--device", "cpu", "--restart"),
+        *("--rotate", "r1,R4:random", "--rotation-block", "32", "--rotation-seed", "5", "--rotation-trials", "4"),
+        *("--act-asym", "--act-clip", "0.9", "--kv", "kv4"),
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     call = asked["quantize"]
@@ -164,6 +188,13 @@ def test_quantize_passes_everything_on(asked: dict[str, dict[str, Any]], tmp_pat
         out=Path("out"),
         scheme="W3A16",
         overrides={"*.v_proj": "W8A16", "*.q_proj": "keep", "*.k_proj": "W8A16"},
+        rotate=("R1", "R4:random"),
+        rotation_block=32,
+        rotation_seed=5,
+        rotation_trials=4,
+        act_asymmetric=True,
+        act_clip=0.9,
+        kv="KV4",
         formats=("native", "dense"),
         tuner="rtn",
         seqlen=256,
@@ -173,6 +204,18 @@ def test_quantize_passes_everything_on(asked: dict[str, dict[str, Any]], tmp_pat
         signround={"lr": 0.5},
     ).model_dump(exclude={"model"})
     assert call == expected | {"restart": True}
+
+
+@pytest.mark.usefixtures("finished")
+@pytest.mark.parametrize(("option", "meant"), [([], "asym"), (["--act-sym"], "sym"), (["--act-asym"], "asym")])
+def test_symmetric_activations_win_over_a_file(
+    asked: dict[str, dict[str, Any]], tmp_path: Path, option: list[str], meant: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("scheme: W4A4\nact_asymmetric: true\n")
+    done = invoke("quantize", "builtin", "--out", "out", "--recipe", str(recipe), *option)
+    assert done.exit_code == 0, done.output
+    assert asked["quantize"]["act_asymmetric"] is (meant == "asym")
 
 
 @pytest.mark.usefixtures("finished")
@@ -200,6 +243,9 @@ def test_the_summary_says_what_was_made_and_where(asked: dict[str, dict[str, Any
         (["quantize", "builtin", "--out", "x", "--set", "iters"], "is not key=value"),
         (["quantize", "builtin", "--out", "x", "--override", "q_proj"], "is not GLOB=SCHEME"),
         (["quantize", "builtin", "--out", "x", "--device", "gpu"], "cuda"),
+        (["quantize", "builtin", "--out", "x", "--rotate", "R7"], "R4 turns"),
+        (["quantize", "builtin", "--out", "x", "--rotation-block", "32"], "nothing is rotated"),
+        (["quantize", "builtin", "--out", "x", "--kv", "KV3"], "KV8, KV4"),
     ],
 )
 def test_refusals(asked: dict[str, dict[str, Any]], arguments: list[str], words: str) -> None:
@@ -252,10 +298,43 @@ def test_inspect_shows_every_linear(asked: dict[str, dict[str, Any]]) -> None:
         assert words in output, output
 
 
+def test_inspect_without_rotations_does_not_speak_of_them(asked: dict[str, dict[str, Any]]) -> None:
+    output = invoke("inspect", "out").stdout
+    assert all(word not in output for word in ("otation", "activations", "online", "of its own", "Cached"))
+
+
+@pytest.mark.parametrize(
+    ("rotations", "words", "absent"),
+    [
+        ([FOLDED], ["R1", "residual", "random", "128", "77", "folded", "costs nothing"], ["online", "Online"]),
+        (
+            [FOLDED, ONLINE],
+            ["folded", "R4", "mid", "256", "online", "8", "cost 16,384 operations and 64.0 KiB a token"],
+            ["costs nothing"],
+        ),
+    ],
+)
+def test_inspect_shows_rotations_and_what_they_cost(
+    monkeypatch: pytest.MonkeyPatch, rotations: list[dict[str, Any]], words: list[str], absent: list[str]
+) -> None:
+    linears = [INSPECTED["linears"][0] | {"activations": "INT4 per token"}]
+    result = INSPECTED | {"linears": linears, "rotations": rotations, "untied": True, "kv": "KV4"}
+    monkeypatch.setitem(vars(bitlathe), "inspect", lambda folder: result)
+    output = invoke("inspect", "out").stdout
+    for word in (*words, "INT4 per token", "The output head has a weight of its own", "Cached keys and values: KV4"):
+        assert word in output, output
+    assert all(word not in output for word in absent), output
+    assert output.count("77") == 1  # a Hadamard matrix has no seed
+
+
 @pytest.mark.parametrize(
     ("what", "names"),
     [
-        ("schemes", list(SCHEMES)),
+        (
+            "schemes",
+            [*PRESETS, "INT4 per token, dynamic", "INT8 per tensor, static", "16 channels, dynamic under a static scale"],
+        ),
+        ("rotations", ["R1", "R2", "R3", "R4", "residual stream", "folded", "online", "down_proj"]),
         ("models", ["llama", "phi3"]),
         ("formats", ["native", "dense"]),
         ("tuners", ["rtn", "signround"]),

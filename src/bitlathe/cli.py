@@ -21,8 +21,8 @@ from bitlathe.arch import ARCHS
 from bitlathe.errors import BitlatheError
 from bitlathe.formats import FORMATS
 from bitlathe.io.sizes import human
-from bitlathe.numerics.scheme import SCHEMES
-from bitlathe.recipe import Memory, Recipe, merge, parse_overrides, parse_sets, read_yaml
+from bitlathe.numerics.scheme import KV_SCHEMES, PRESETS
+from bitlathe.recipe import ROTATIONS, Memory, Recipe, merge, parse_overrides, parse_sets, read_yaml
 from bitlathe.registry import load
 from bitlathe.tune import TUNERS
 from bitlathe.tune.options import RtnOptions, SignRoundOptions
@@ -73,11 +73,14 @@ class Listing(StrEnum):
     SCHEMES = "schemes"
     FORMATS = "formats"
     TUNERS = "tuners"
+    ROTATIONS = "rotations"
     MODELS = "models"
 
 
 def _default(field: str) -> str:
     value = Recipe.model_fields[field].default
+    if value in (None, ()):
+        return "none"
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
@@ -121,7 +124,7 @@ def quantize(
     *,
     scheme: Annotated[
         str | None,
-        Option(metavar="NAME", show_default=_default("scheme"), help="Scheme of every linear; see 'bitlathe list schemes'."),
+        Option(metavar="NAME", show_default=_default("scheme"), help="What every linear gets; see 'bitlathe list schemes'."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -156,6 +159,48 @@ def quantize(
         list[str] | None,
         Option(metavar="GLOB=SCHEME|keep", show_default="none", help="For linears that match; repeatable, the last wins."),
     ] = None,
+    rotate: Annotated[
+        str | None,
+        Option(
+            metavar="R1,R2,R4|hadamard",
+            show_default=_default("rotate"),
+            help="Spread outliers: R1 and R2 (hadamard is both) fold into weights, R4 runs online; 'bitlathe list rotations'.",
+        ),
+    ] = None,
+    rotation_block: Annotated[
+        int | None, Option(metavar="N", show_default="whole spaces", help="Rotate N channels at a time; 32 for MXFP4.")
+    ] = None,
+    rotation_seed: Annotated[
+        int | None, Option(metavar="N", show_default=_default("rotation_seed"), help="Of the random signs in rotations.")
+    ] = None,
+    rotation_trials: Annotated[
+        int | None,
+        Option(
+            metavar="K",
+            show_default=_default("rotation_trials"),
+            help="Draw K sign vectors and keep the one with the least activation error.",
+        ),
+    ] = None,
+    act_asymmetric: Annotated[
+        bool | None,
+        Option("--act-asym/--act-sym", show_default="symmetric", help="Integer activations with a zero point, or without."),
+    ] = None,
+    act_clip: Annotated[
+        float | None,
+        Option(
+            metavar="RATIO",
+            show_default=_default("act_clip"),
+            help="Part of the range of activations that is kept; what lies beyond is cut off.",
+        ),
+    ] = None,
+    kv: Annotated[
+        str | None,
+        Option(
+            metavar="|".join(KV_SCHEMES),
+            show_default=_default("kv"),
+            help="Round cached keys and values to 8 or 4 bits; R3 helps at 4.",
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None, Option(metavar="FILE.yaml", show_default="none", help="Fields from a file; options win over it.")
     ] = None,
@@ -188,6 +233,13 @@ def quantize(
         "seqlen": seqlen,
         "batch_size": batch_size,
         "overrides": parse_overrides(override or ()),
+        "rotate": rotate,
+        "rotation_block": rotation_block,
+        "rotation_seed": rotation_seed,
+        "rotation_trials": rotation_trials,
+        "act_asymmetric": act_asymmetric,
+        "act_clip": act_clip,
+        "kv": kv,
         "device": device,
         "dtype": dtype,
         "seed": seed,
@@ -245,7 +297,9 @@ def inspect_command(
 def list_command(what: Annotated[Listing, Argument(help="What to list.")]) -> None:
     """The names that are understood."""
     if what is Listing.SCHEMES:
-        tables.show_schemes(SCHEMES)
+        tables.show_schemes(PRESETS)
+    elif what is Listing.ROTATIONS:
+        tables.show_rotations(ROTATIONS)
     elif what is Listing.MODELS:
         tables.show_names("model_type", dict.fromkeys(ARCHS, ""))
     else:

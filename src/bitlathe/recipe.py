@@ -60,11 +60,11 @@ class Turn:
 
 ROTATIONS: dict[str, Turn] = {
     "R1": Turn(
-        "residual", "random", "the residual stream", "folded; online where blocks end in a norm", "inputs of q, k, v, gate, up"
+        "residual", "random", "the residual stream", "folded; online where blocks end in a norm", "what q, k, v, gate, up read"
     ),
-    "R2": Turn("value", "random", "the values of each head", "folded", "the input of o_proj; cached values"),
-    "R3": Turn("qk", "hadamard", "queries and keys after RoPE", "online", "cached keys"),
-    "R4": Turn("mid", "hadamard", "the input of down_proj", "online", "the input of down_proj"),
+    "R2": Turn("value", "random", "the values of each head", "folded", "what o_proj reads; cached values"),
+    "R3": Turn("qk", "hadamard", "keys after RoPE, and back again", "online", "cached keys"),
+    "R4": Turn("mid", "hadamard", "the space behind the gate", "online", "what down_proj reads"),
 }
 # Everything that folds into weights, so that any reader can load the result.
 _TOGETHER: dict[str, tuple[str, ...]] = {"HADAMARD": ("R1", "R2")}
@@ -92,13 +92,14 @@ class Recipe(BaseModel):
     model: a folder, a Hub id, or "builtin". out: the folder of the result. scheme: the name of the scheme that every linear
     gets. overrides: glob over full linear names -> scheme name or "keep"; the last that matches wins. rotate: names in
     ROTATIONS, each alone or with a kind ("R4:random", "R1:hadamard"); "hadamard" is R1 and R2, "none" nothing. rotation_block:
-    size of the diagonal blocks of all of them; None turns whole spaces. rotation_seed: of their random signs. rotation_trials:
-    how many vectors of signs are drawn, of which the best is kept. act_asymmetric: integer activations have a zero point.
-    act_clip: part of a range of activations that is kept, at most 1. kv: the scheme of cached keys and values, a name in
-    KV_SCHEMES or its bits; None keeps them. formats: the checkpoints written. tuner: how codes are found. iters: its steps a
-    block. batch_size: sequences a step. calib: a data set on the Hub, a text file, or "builtin". samples, seqlen: calibration
-    windows and their length in tokens. device: auto, cpu, cuda or cuda:i. dtype: of what stays in 16 bits; auto follows the
-    model. seed: of every random choice but the signs of rotations. memory, rtn, signround: see their types.
+    size of the diagonal blocks of all of them; None turns whole spaces, and before down_proj the largest power of two in its
+    width. rotation_seed: of their random signs. rotation_trials: how many vectors of signs are drawn, of which the best is
+    kept. act_asymmetric: integer activations have a zero point. act_clip: part of a range of activations that is kept, at most
+    1. kv: the scheme of cached keys and values, a name in KV_SCHEMES or its bits; None keeps them. formats: the checkpoints
+    written. tuner: how codes are found. iters: its steps a block. batch_size: sequences a step. calib: a data set on the Hub, a
+    text file, or "builtin". samples, seqlen: calibration windows and their length in tokens. device: auto, cpu, cuda or cuda:i.
+    dtype: of what stays in 16 bits; auto follows the model. seed: of every random choice but the signs of rotations. memory,
+    rtn, signround: see their types.
 
     Raises RecipeError, naming the field, for anything that is not understood.
     """
@@ -230,7 +231,7 @@ class Recipe(BaseModel):
         return merge(read_yaml(path))
 
     def rotations(self) -> tuple[Rotation, ...]:
-        """What is asked to be turned, in the order R1 to R4; block 0 is the whole space, whatever its size will be."""
+        """What is asked to be turned, in the order R1 to R4; block 0 until the model says how wide its spaces are."""
         same = {"block": self.rotation_block or 0, "seed": self.rotation_seed}
         return tuple(Rotation(space=ROTATIONS[name].space, kind=kind, **same) for name, kind in map(_turn, self.rotate))
 

@@ -10,12 +10,15 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from bitlathe.io.sizes import human
-from bitlathe.numerics.scheme import Scheme
+from bitlathe.numerics.scheme import Preset, Scheme, static
+from bitlathe.recipe import Turn
 
 # A matrix large enough that what is per tensor does not show in its average.
 _TYPICAL = (4096, 4096)
 # Linears kept for the same reason are told in one line; so many of their names are shown.
 _SHOWN = 3
+# Wider than any table here, in characters.
+_UNBROKEN = 240
 
 _FIGURES: dict[str, str] = {
     "perplexity": "perplexity",
@@ -66,17 +69,20 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
 
 def show_inspection(result: Mapping[str, Any]) -> None:
     """Every linear of what `bitlathe.inspect` returns, then the averages."""
+    inputs = ["activations"] if any(row["activations"] for row in result["linears"]) else []
     table = Table(
         "linear",
         "scheme",
+        *inputs,
         *_right("shape", "bits", "bytes"),
         title=f"{result['model']} ({result['format']}, {result['dtype']})",
     )
     for row in result["linears"]:
-        scheme = row["scheme"] or "kept"
-        table.add_row(row["name"], scheme, "x".join(map(str, row["shape"])), _bits(row["bits"]), f"{row['bytes']:,}")
+        names = [row["name"], row["scheme"] or "kept", *(row[key] or "" for key in inputs)]
+        table.add_row(*names, "x".join(map(str, row["shape"])), _bits(row["bits"]), f"{row['bytes']:,}")
     console = _console()
     console.print(table)
+    _print_rotations(console, result)
     console.print(
         f"{human(result['bytes'])} in all. Average bits as the file holds them: {_bits(result['bits_quantized'])} of quantized "
         f"weights, {_bits(result['bits_linears'])} of all linears, {_bits(result['bits_checkpoint'])} of the whole checkpoint."
@@ -84,13 +90,25 @@ def show_inspection(result: Mapping[str, Any]) -> None:
     _print_kept(console, result)
 
 
-def show_schemes(schemes: Mapping[str, Scheme]) -> None:
-    """Every scheme with the bits a weight takes in a large matrix."""
-    table = Table("scheme", "codes", "one scale for", *_right("bits a weight"), title="Case and - or _ do not matter")
-    for name, scheme in schemes.items():
-        kind = f"{scheme.grid}{' with zero point' if scheme.asymmetric else ''}"
-        bits = scheme.bits(_TYPICAL) / (_TYPICAL[0] * _TYPICAL[1])
-        table.add_row(name, kind, _block(scheme), f"{bits:.3f}")
+def show_schemes(presets: Mapping[str, Preset]) -> None:
+    """Every scheme: its weights with the bits that one takes in a large matrix, and its activations."""
+    table = Table(
+        Column("scheme", no_wrap=True), "weights", "one scale for", *_right("bits a weight"), "activations",
+        title="Case and - or _ do not matter; activations without a scheme stay in 16 bits",
+    )  # fmt: skip
+    for name, preset in presets.items():
+        weight, bits = preset.weight, preset.weight.bits(_TYPICAL) / (_TYPICAL[0] * _TYPICAL[1])
+        table.add_row(name, _codes(weight), _block(weight), f"{bits:.3f}", _activations(preset.input))
+    _console().print(table)
+
+
+def show_rotations(rotations: Mapping[str, Turn]) -> None:
+    """Every rotation: what it turns, how it is applied, and what it is for."""
+    table = Table(
+        "rotation", "turns", "applied", "spreads outliers in", "kind", title="Add :random or :hadamard for the other kind"
+    )
+    for name, turn in rotations.items():
+        table.add_row(name, turn.turns, turn.applied, turn.reader, turn.kind)
     _console().print(table)
 
 
@@ -125,7 +143,9 @@ def duration(seconds: float) -> str:
 
 
 def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
+    # A file or a pipe has no edge at which to break the lines of a table.
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=_UNBROKEN)
 
 
 def _right(*names: str) -> list[Column]:
@@ -144,6 +164,46 @@ def _block(scheme: Scheme) -> str:
     rows, columns = scheme.block
     whole = {(0, 0): "the tensor", (1, 0): "a row"}
     return whole.get((rows, columns), f"{columns} inputs" if rows == 1 else f"{rows} x {columns} weights")
+
+
+def _print_rotations(console: Console, result: Mapping[str, Any]) -> None:
+    """What is turned, what of it runs at every token and costs, and what is unusual about the embeddings and the cache."""
+    if result["rotations"]:
+        table = Table(
+            "rotation", "space", "kind", *_right("block", "seed"), "applied", *_right("linears", "operations", "bytes"),
+            title="Rotations; operations and bytes are those of one token",
+        )  # fmt: skip
+        for row in result["rotations"]:
+            cost = [f"{row['linears']:,}", f"{row['operations']:,}", human(row["bytes"])] if row["online"] else ["-"] * 3
+            seed = str(row["seed"]) if row["kind"] == "random" else "-"
+            applied = "online" if row["online"] else "folded"
+            table.add_row(row["name"], row["space"], row["kind"], str(row["block"]), seed, applied, *cost)
+        console.print(table)
+        online = [row for row in result["rotations"] if row["online"]]
+        operations, moved = (sum(row[key] for row in online) for key in ("operations", "bytes"))
+        console.print(
+            f"Online rotations cost {operations:,} operations and {human(moved)} a token."
+            if online
+            else "Every rotation is folded into weights and costs nothing."
+        )
+    if result["untied"]:
+        console.print("The output head has a weight of its own; in the original it shares that of the embeddings.")
+    if result["kv"] is not None:
+        console.print(f"Cached keys and values: {result['kv']}", markup=False)
+
+
+def _codes(scheme: Scheme) -> str:
+    return f"{scheme.grid}{' with zero point' if scheme.asymmetric else ''}"
+
+
+def _activations(scheme: Scheme | None) -> str:
+    """Codes, what shares a scale, and whether that is made anew at every token or measured once and stored."""
+    if scheme is None:
+        return ""
+    rows, columns = scheme.block
+    shared = {(0, 0): "tensor", (1, 0): "token"}.get((rows, columns), f"{columns} channels")
+    when = "static" if scheme.block == (0, 0) else "dynamic under a static scale" if static(scheme) else "dynamic"
+    return f"{_codes(scheme)} per {shared}, {when}"
 
 
 def _print_kept(console: Console, result: Mapping[str, Any]) -> None:
