@@ -7,7 +7,8 @@ from pathlib import Path
 
 from bitlathe.errors import FormatError
 from bitlathe.formats import FORMATS
-from bitlathe.numerics.scheme import SCHEMES
+from bitlathe.numerics.rotation import Rotation
+from bitlathe.numerics.scheme import KV_SCHEMES, PRESETS
 from bitlathe.plan import LayerPlan, Plan
 from bitlathe.registry import load
 
@@ -15,11 +16,28 @@ README = Path(__file__).parent.parent / "README.md"
 TABLE = re.compile(r"(?<=<!-- table:schemes-formats -->\n).*?(?=<!-- /table)", re.DOTALL)
 INTEGER = re.compile(r"W(\d)(A16.*)")
 SHAPE = (256, 256)
+LINEAR = "model.layers.0.mlp.down_proj"
+R1 = Rotation(space="residual", block=256)
+R2 = Rotation(space="value", block=32)
+R4 = Rotation(space="mid", block=256, kind="hadamard")
 
 
-def accepts(format: str, scheme: str) -> bool:
-    """Whether a format can hold a linear of a scheme."""
-    plan = Plan(linears={"model.layers.0.mlp.up_proj": LayerPlan(weight=SCHEMES[scheme])})
+def planned(scheme: str, *, online: Rotation | None = None) -> Plan:
+    """One linear of a scheme."""
+    preset = PRESETS[scheme]
+    return Plan(linears={LINEAR: LayerPlan(weight=preset.weight, input=preset.input, online=online)})
+
+
+# What a plan can hold beyond a scheme, by the options that ask for it.
+BEYOND = {
+    "`--rotate R1,R2`": planned("W4A4").model_copy(update={"rotations": (R1, R2)}),
+    "`--rotate R4`": planned("W4A4", online=R4).model_copy(update={"rotations": (R4,)}),
+    "`--kv KV4`": planned("W4A4").model_copy(update={"kv": KV_SCHEMES["KV4"]}),
+}
+
+
+def accepts(format: str, plan: Plan) -> bool:
+    """Whether a format can hold a plan."""
     try:
         load(FORMATS[format])().check(plan, dict.fromkeys(plan.linears, SHAPE), {})
     except FormatError:
@@ -30,13 +48,14 @@ def accepts(format: str, scheme: str) -> bool:
 def table() -> str:
     """The table in Markdown: integers in one row for all widths, each cell the widths that the format holds."""
     rows: dict[str, dict[str, list[str]]] = {}
-    for scheme in SCHEMES:
+    for scheme in PRESETS:
         integer = INTEGER.fullmatch(scheme)
         row, entry = (f"W*b*{integer[2]}", integer[1]) if integer else (scheme, "yes")
         cells = rows.setdefault(row, {format: [] for format in FORMATS})
         for format in FORMATS:
-            if accepts(format, scheme):
+            if accepts(format, planned(scheme)):
                 cells[format].append(entry)
+    rows |= {option: {format: ["yes"] * accepts(format, plan) for format in FORMATS} for option, plan in BEYOND.items()}
     lines = [["scheme", *FORMATS], ["---"] * (1 + len(FORMATS))]
     lines += [[row, *(" ".join(entries) or "no" for entries in cells.values())] for row, cells in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n*b*: the widths that are held.\n"
