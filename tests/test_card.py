@@ -101,13 +101,13 @@ def test_native_cannot_be_run_wrong_so_it_does_not_warn() -> None:
     assert "import bitlathe.hf" in text
     found = rows(text)
     assert found["rotations"] == "R4 (online, hadamard, blocks of 128), R3 (online, hadamard, blocks of 16)"
-    assert found["cached keys and values"] == "INT4 with a zero point, one scale a token and head"
+    assert found["cached keys and values"] == "INT4 asymmetric, one scale a token and head"
 
 
 def test_activations_in_words() -> None:
     for scheme, words in {
         "W8A8_STATIC": "INT8 per tensor, static",
-        "MXFP4": "E2M1 per 32 channels",
+        "MXFP4": "E2M1 in groups of 32",
         "FP8_DYNAMIC": "E4M3 per token",
     }.items():
         assert rows(written("native", planned(scheme)))["activations"] == words
@@ -117,5 +117,5 @@ def test_activations_in_words() -> None:
     asymmetric = first.model_copy(update={"input": first.input.model_copy(update={"asymmetric": True})})
     both = clipped.model_copy(update={"linears": clipped.linears | {"a": asymmetric}})
     assert rows(written("native", both))["activations"] == (
-        "INT4 with a zero point per token, clipped to 0.9 of its range; INT4 per token, clipped to 0.9 of its range"
+        "INT4 asymmetric per token, clipped to 0.9 of its range; INT4 per token, clipped to 0.9 of its range"
     )

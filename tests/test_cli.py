@@ -332,7 +332,7 @@ def test_inspect_shows_rotations_and_what_they_cost(
     [
         (
             "schemes",
-            [*PRESETS, "INT4 per token, dynamic", "INT8 per tensor, static", "16 channels, dynamic under a static scale"],
+            [*PRESETS, "INT4 per token", "INT8 per tensor, static", "groups of 16, with a static scale"],
         ),
         ("rotations", ["R1", "R2", "R3", "R4", "residual stream", "folded", "online", "down_proj"]),
         ("models", ["llama", "phi3"]),

@@ -30,9 +30,9 @@ def planned(scheme: str, *, online: Rotation | None = None) -> Plan:
 
 # What a plan can hold beyond a scheme, by the options that ask for it.
 BEYOND = {
-    "`--rotate R1,R2`": planned("W4A4").model_copy(update={"rotations": (R1, R2)}),
-    "`--rotate R4`": planned("W4A4", online=R4).model_copy(update={"rotations": (R4,)}),
-    "`--kv KV4`": planned("W4A4").model_copy(update={"kv": KV_SCHEMES["KV4"]}),
+    "`--rotate R1,R2`": planned("W4A16").model_copy(update={"rotations": (R1, R2)}),
+    "`--rotate R4`": planned("W4A16", online=R4).model_copy(update={"rotations": (R4,)}),
+    "`--kv KV4`": planned("W4A16").model_copy(update={"kv": KV_SCHEMES["KV4"]}),
 }
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from bitlathe.io.sizes import human
-from bitlathe.numerics.scheme import Preset, Scheme, static
+from bitlathe.numerics.scheme import Preset, Scheme, described
 from bitlathe.recipe import Turn
 
 # A matrix large enough that what is per tensor does not show in its average.
@@ -94,11 +94,12 @@ def show_schemes(presets: Mapping[str, Preset]) -> None:
     """Every scheme: its weights with the bits that one takes in a large matrix, and its activations."""
     table = Table(
         Column("scheme", no_wrap=True), "weights", "one scale for", *_right("bits a weight"), "activations",
-        title="Case and - or _ do not matter; activations without a scheme stay in 16 bits",
+        title="Case and - or _ do not matter; scales of activations that are not static are made as the model runs",
     )  # fmt: skip
     for name, preset in presets.items():
         weight, bits = preset.weight, preset.weight.bits(_TYPICAL) / (_TYPICAL[0] * _TYPICAL[1])
-        table.add_row(name, _codes(weight), _block(weight), f"{bits:.3f}", _activations(preset.input))
+        codes = f"{weight.grid}{' asymmetric' if weight.asymmetric else ''}"
+        table.add_row(name, codes, _block(weight), f"{bits:.3f}", "" if preset.input is None else described(preset.input))
     _console().print(table)
 
 
@@ -190,20 +191,6 @@ def _print_rotations(console: Console, result: Mapping[str, Any]) -> None:
         console.print("The output head has a weight of its own; in the original it shares that of the embeddings.")
     if result["kv"] is not None:
         console.print(f"Cached keys and values: {result['kv']}", markup=False)
-
-
-def _codes(scheme: Scheme) -> str:
-    return f"{scheme.grid}{' with zero point' if scheme.asymmetric else ''}"
-
-
-def _activations(scheme: Scheme | None) -> str:
-    """Codes, what shares a scale, and whether that is made anew at every token or measured once and stored."""
-    if scheme is None:
-        return ""
-    rows, columns = scheme.block
-    shared = {(0, 0): "tensor", (1, 0): "token"}.get((rows, columns), f"{columns} channels")
-    when = "static" if scheme.block == (0, 0) else "dynamic under a static scale" if static(scheme) else "dynamic"
-    return f"{_codes(scheme)} per {shared}, {when}"
 
 
 def _print_kept(console: Console, result: Mapping[str, Any]) -> None:
