@@ -1,7 +1,8 @@
-"""`import bitlathe.hf`: transformers learns to load the native format.
+"""`import bitlathe.hf`: transformers learns to load the native format, and to run the rotations of compressed-tensors.
 
 After it, `AutoModelForCausalLM.from_pretrained(folder)` gives the model that `bitlathe.load(folder)` gives, bit for bit, and
-its own arguments (dtype, device_map) keep their meaning. Without it transformers stops at the first quantized linear.
+its own arguments (dtype, device_map) keep their meaning. Without it transformers stops at the first quantized linear of the
+native format; a compressed-tensors folder whose linears turn their inputs it loads, and runs wrong.
 
 While the weights are read, a module that holds the streams of codes stands where each quantized linear was; transformers casts
 floats and finds only integers. Then each turns its codes into the weight they stand for.
@@ -10,6 +11,7 @@ floats and finds only integers. Then each turns its codes into the weight they s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +19,55 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bitlathe.arch import arch_for
 from bitlathe.errors import CheckpointError, FormatError
+from bitlathe.formats.compressed_tensors import METHOD as CT_METHOD
+from bitlathe.formats.compressed_tensors import CompressedTensors
 from bitlathe.formats.native import METHOD, Native
 from bitlathe.formats.stored import take
 from bitlathe.io.checkpoint import DTYPES as STORED
 from bitlathe.io.checkpoint import Checkpoint
+from bitlathe.model.block import attach_cache
+from bitlathe.model.layers import Stage
 from bitlathe.model.weights import DTYPES
+from bitlathe.numerics.hadamard import turn
 from bitlathe.numerics.project import dequantize
-from bitlathe.numerics.scheme import Scheme
-from bitlathe.plan import Plan
+from bitlathe.numerics.rotation import Rotation
+from bitlathe.numerics.scheme import name_of
+from bitlathe.plan import LayerPlan, Plan
 
 
 class CodedLinear(nn.Module):
     """A linear that is loaded as codes. Until `settle` its buffers are the streams of the native format; after, `weight`."""
 
-    def __init__(self, linear: nn.Linear, scheme: Scheme) -> None:
+    def __init__(self, linear: nn.Linear, row: LayerPlan) -> None:
         super().__init__()
-        self.scheme, self.shape, self.dtype = scheme, (linear.out_features, linear.in_features), linear.weight.dtype
-        for name, (dtype, shape) in Native().layout(scheme, self.shape).items():
+        self.row, self.shape, self.dtype = row, (linear.out_features, linear.in_features), linear.weight.dtype
+        for name, (dtype, shape) in Native().layout(row, self.shape).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
-        self.bias = linear.bias
+        self.bias, self.stage = linear.bias, nn.Identity()
 
     def settle(self, dtype: torch.dtype) -> None:
         """Replace the streams by the weight they stand for. dtype: the plan's; the weight is cast to the model's own after."""
         streams = dict(self.named_buffers(recurse=False))
-        layer = Native().decode(streams, self.scheme, self.shape)
+        layer = Native().decode(streams, self.row, self.shape)
         for name in streams:
             delattr(self, name)
+        self.stage = Stage(self.row, layer.input, quantized=True)
         self.weight = nn.Parameter(dequantize(layer.weight, dtype).to(self.dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(self.stage(x), self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.shape[1]}, out_features={self.shape[0]}, bias={self.bias is not None}, grid={self.scheme.grid}"
-        )
+        scheme = "none" if self.row.weight is None else name_of(self.row.weight, self.row.input)
+        return f"in_features={self.shape[1]}, out_features={self.shape[0]}, bias={self.bias is not None}, scheme={scheme}"
 
 
 @register_quantization_config(METHOD)
@@ -83,15 +93,19 @@ class BitlatheQuantizer(HfQuantizer):
         self, model: PreTrainedModel, *, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        quantized = self._plan(list(linears)).quantized
+        plan = self._plan(list(linears))
+        rows = {name: plan.linears[name] for name in plan.quantized}
         if not checkpoint_files:
             raise CheckpointError("there is no file to read codes from: give from_pretrained the folder that bitlathe wrote")
         # transformers leaves a tensor that it does not find as the memory was, and that would be decoded.
-        shapes = {name: (linears[name].out_features, linears[name].in_features) for name in quantized}
-        _check_streams(Checkpoint(Path(checkpoint_files[0]).parent), quantized, shapes)
-        for name, scheme in quantized.items():
+        shapes = {name: (linears[name].out_features, linears[name].in_features) for name in rows}
+        _check_streams(Checkpoint(Path(checkpoint_files[0]).parent), rows, shapes)
+        for name, row in rows.items():
             parent, _, child = name.rpartition(".")
-            model.get_submodule(parent).register_module(child, CodedLinear(linears[name], scheme))
+            model.get_submodule(parent).register_module(child, CodedLinear(linears[name], row))
+        arch = arch_for(model.config.to_dict())
+        blocks = model.get_submodule(arch.blocks).children()
+        attach_cache([block.get_submodule(arch.attention) for block in blocks], plan)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -119,10 +133,41 @@ class BitlatheQuantizer(HfQuantizer):
         return False
 
 
-def _check_streams(checkpoint: Checkpoint, quantized: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> None:
+class TurningQuantizer(CompressedTensorsHfQuantizer):
+    """transformers' own for compressed-tensors; after it, linears turn their inputs where the folder's config says so."""
+
+    _online: Mapping[str, Rotation]
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, *, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = Checkpoint(Path(checkpoint_files[0]).parent).config["quantization_config"] if checkpoint_files else {}
+        self._online = {}
+        if config.get("transform_config"):
+            linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+            rows = CompressedTensors().parse(config, linears).linears
+            self._online = {name: row.online for name, row in rows.items() if row.online is not None}
+        super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        super()._process_model_after_weight_loading(model, **kwargs)
+        for name, rotation in self._online.items():
+            model.get_submodule(name).register_forward_pre_hook(partial(_turn_input, rotation=rotation))
+        return model
+
+
+def _turn_input(_module: nn.Module, inputs: tuple[Tensor, ...], *, rotation: Rotation) -> tuple[Tensor, ...]:
+    return (turn(inputs[0], rotation), *inputs[1:])
+
+
+# transformers' own decorator adds methods and refuses to replace one.
+AUTO_QUANTIZER_MAPPING[CT_METHOD] = TurningQuantizer
+
+
+def _check_streams(checkpoint: Checkpoint, rows: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, int]]) -> None:
     """Raise CheckpointError for a linear whose streams the files do not hold. shapes: linear -> (outputs, inputs)."""
-    for name, scheme in quantized.items():
-        layout = Native().layout(scheme, shapes[name])
+    for name, row in rows.items():
+        layout = Native().layout(row, shapes[name])
         stored = {stream: info for stream in layout if (info := checkpoint.header.get(f"{name}.{stream}")) is not None}
         tensors = {key: torch.empty(info.shape, dtype=STORED[info.dtype], device="meta") for key, info in stored.items()}
         try:

@@ -8,23 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from math import gcd
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from bitlathe.arch import Arch, Linear
 from bitlathe.errors import PlanError
-from bitlathe.numerics.rotation import Rotation
-from bitlathe.numerics.scheme import SCHEMES, Scheme, name_of, scheme_named
+from bitlathe.numerics.rotation import Rotation, fits, largest_block
+from bitlathe.numerics.scheme import GRIDS, SCHEMES, Scheme, name_of, preset_named
 
 KEEP = "keep"
 
 
 class LayerPlan(BaseModel):
-    """What happens to one linear. weight: its scheme, or None to keep it in the plan's dtype."""
+    """What happens to one linear.
+
+    weight: its scheme, or None to keep it in the plan's dtype. input: the scheme of its activations, a matrix [tokens, inputs],
+    or None to keep those. clip: part of a range of activations that is kept before scales are made from it. online: the
+    rotation of its input that runs with it, after which `input` applies; its weight has the same rotation folded in.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weight: Scheme | None = None
+    input: Scheme | None = None
+    clip: float = Field(default=1.0, gt=0, le=1)
+    online: Rotation | None = None
 
 
 class Plan(BaseModel):
@@ -32,7 +42,8 @@ class Plan(BaseModel):
 
     linears: full module name ("model.layers.0.self_attn.q_proj") to its row, in the model's order. dtype: the 16-bit dtype of
     kept tensors, of scales, and of the forward pass of whoever loads the result. rotations: applied to the weights as they
-    are read, before anything else sees them.
+    are read, before anything else sees them. kv: the scheme of cached keys and values, rows of one token and head; None keeps
+    them. untied: the output head has a weight of its own where the original's shares that of the embeddings.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,11 +51,26 @@ class Plan(BaseModel):
     linears: dict[str, LayerPlan]
     dtype: Literal["bf16", "fp16"] = "bf16"
     rotations: tuple[Rotation, ...] = ()
+    kv: Scheme | None = None
+    untied: bool = False
 
     @property
     def quantized(self) -> dict[str, Scheme]:
         """The linears that are quantized, with their schemes."""
         return {name: row.weight for name, row in self.linears.items() if row.weight is not None}
+
+    def reseeded(self, by: int) -> Plan:
+        """The same with other random signs: every seed of a random rotation raised by `by`."""
+        linears = {
+            name: row if row.online is None else row.model_copy(update={"online": _reseeded(row.online, by)})
+            for name, row in self.linears.items()
+        }
+        rotations = tuple(_reseeded(rotation, by) for rotation in self.rotations)
+        return self.model_copy(update={"linears": linears, "rotations": rotations})
+
+
+def _reseeded(rotation: Rotation, by: int) -> Rotation:
+    return rotation.model_copy(update={"seed": rotation.seed + by}) if rotation.kind == "random" else rotation
 
 
 def resolve(
@@ -77,8 +103,10 @@ def resolve(
         for name in matched:
             chosen[name] = wanted
             reasons[name] = f"the override {glob}={wanted}"
-    schemes = {wanted: scheme_named(wanted, dtype) for wanted in chosen.values() if wanted != KEEP}
-    plan = Plan(linears={name: LayerPlan(weight=schemes.get(wanted)) for name, wanted in chosen.items()}, dtype=dtype)
+    presets = {wanted: preset_named(wanted, dtype) for wanted in chosen.values() if wanted != KEEP}
+    rows = {wanted: LayerPlan(weight=preset.weight, input=preset.input) for wanted, preset in presets.items()}
+    rows[KEEP] = LayerPlan()
+    plan = Plan(linears={name: rows[wanted] for name, wanted in chosen.items()}, dtype=dtype)
     for name in tied:
         if name in plan.quantized:
             raise PlanError(
@@ -87,6 +115,78 @@ def resolve(
             )
     _refuse_ragged(plan, shapes)
     return plan, {name: reasons[name] for name, row in plan.linears.items() if row.weight is None}
+
+
+def with_inputs(plan: Plan, *, asymmetric: bool, clip: float) -> Plan:
+    """The plan with integer activations that have a zero point, and ranges of activations that are clipped.
+
+    Raises PlanError where that changes nothing, because the plan keeps its activations.
+    """
+    if not asymmetric and clip == 1.0:
+        return plan
+    integers = [name for name, row in plan.linears.items() if row.input is not None and GRIDS[row.input.grid].kind == "int"]
+    rounded = [name for name, row in plan.linears.items() if row.input is not None]
+    if (asymmetric and not integers) or (clip != 1.0 and not rounded):
+        what = "--act-asym is for integer activations" if asymmetric else "--act-clip is for quantized activations"
+        raise PlanError(f"{what}, and the schemes asked for have none. Leave it out, or ask for a scheme such as W4A4 or W8A8")
+    linears = dict(plan.linears)
+    for name in rounded:
+        scheme = linears[name].input
+        if asymmetric and name in integers and scheme is not None:
+            scheme = scheme.model_copy(update={"asymmetric": True})
+        linears[name] = linears[name].model_copy(update={"input": scheme, "clip": clip})
+    return plan.model_copy(update={"linears": linears})
+
+
+def rotated(
+    plan: Plan,
+    wanted: Iterable[Rotation],
+    arch: Arch,
+    rows: Mapping[str, Linear],
+    *,
+    widths: Mapping[str, tuple[int, ...]],
+    tied: bool,
+) -> Plan:
+    """The plan with rotations of the model.
+
+    wanted: with block 0 for the default: the whole space, or before down_proj ("mid") the largest power of two in it. rows:
+    linear -> its row of `arch`. widths: space -> the sizes it has in the model, of one head for "value" and "qk". tied: whether
+    the output head shares its weight with the embeddings.
+
+    A space that linears write is turned by folding. Where none does, the quantized linears that read it turn their inputs
+    while they run. Raises PlanError for a block that does not divide a space, and for a size without a Hadamard matrix.
+    """
+    linears, rotations, untied = dict(plan.linears), [], False
+    for rotation in wanted:
+        settled = _settled(rotation, widths[rotation.space])
+        rotations.append(settled)
+        if arch.folds(rotation.space):
+            untied = untied or (tied and rotation.space == "residual")
+        elif rotation.space != "qk":
+            for name in plan.quantized:
+                if rows[name].reads == rotation.space:
+                    linears[name] = linears[name].model_copy(update={"online": settled})
+    return plan.model_copy(update={"linears": linears, "rotations": tuple(rotations), "untied": untied})
+
+
+def _settled(rotation: Rotation, widths: tuple[int, ...]) -> Rotation:
+    """The rotation with its block."""
+    whole = min(widths)
+    default = largest_block(gcd(*widths)) if rotation.space == "mid" else whole
+    # Heads are small: a block meant for wider spaces covers them whole.
+    block = min(rotation.block, whole) if rotation.space in ("value", "qk") and rotation.block else rotation.block or default
+    ragged = next((width for width in widths if width % block), None)
+    if ragged is not None:
+        raise PlanError(
+            f"a rotation in blocks of {block} does not divide the space {rotation.space!r}, which is {ragged} wide. The "
+            f"largest power of two that does is {largest_block(ragged)}: use --rotation-block {largest_block(ragged)}"
+        )
+    if not fits(block):
+        raise PlanError(
+            f"no Hadamard matrix of order {block} is known here, for the space {rotation.space!r}. Use --rotation-block "
+            f"{largest_block(gcd(*widths))}"
+        )
+    return rotation.model_copy(update={"block": block})
 
 
 def _refuse_ragged(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:

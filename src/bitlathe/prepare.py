@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
 from torch import Tensor
 
+from bitlathe.arch import Arch
 from bitlathe.errors import CheckpointError, OutputError, PlanError
 from bitlathe.formats import FORMATS
 from bitlathe.formats.base import Format
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.io.writer import refuse_foreign
 from bitlathe.model.calib import characters_for, refuse_strange_tokens, text_of, tokenizer_of, windows_of
+from bitlathe.model.fold import edits_of
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.source import device_named, open_model, stored_dtype
 from bitlathe.model.weights import DTYPES, Weights
-from bitlathe.plan import Plan, resolve
+from bitlathe.numerics.scheme import KV_SCHEMES, static
+from bitlathe.plan import Plan, resolve, rotated, with_inputs
 from bitlathe.recipe import Recipe
 from bitlathe.registry import resolve as named
 from bitlathe.tune import TUNERS
@@ -47,9 +52,19 @@ class Prepared:
     notes: tuple[str, ...]
 
     @property
+    def text_streams(self) -> int:
+        """Streams of hidden states: what the tuner wants, and one to measure static scales of activations on."""
+        measured = any(static(row.input) for row in self.plan.linears.values())
+        return max(self.tuner.streams, int(measured))
+
+    @property
     def streams(self) -> tuple[str, ...]:
         """What is written while the run goes on: every format asked for, and the codes to resume from."""
         return tuple(dict.fromkeys((CODES, *self.formats)))
+
+    def planned(self, plan: Plan) -> Prepared:
+        """The same with another plan of the same linears, and the weights read as it says."""
+        return replace(self, plan=plan, weights=replace(self.weights, plan=plan, edits=edits_of(self.skeleton, plan)))
 
     def bytes_needed(self) -> int:
         """What the streams and spilled hidden states will take on the disk, about."""
@@ -67,13 +82,14 @@ class Prepared:
             return 0
         # As `Budget` does it: a stream of hidden states lies in memory as long as there is room for the whole of it.
         stream = self.tokens.numel() * self.skeleton.model.config.hidden_size * self.weights.dtype.itemsize
-        return stream * max(0, self.tuner.streams - self.recipe.memory.activations // stream)
+        return stream * max(0, self.text_streams - self.recipe.memory.activations // stream)
 
     def fingerprint(self) -> dict[str, str]:
         """What the result depends on, part by part."""
         text = b"" if self.tokens is None else self.tokens.numpy().tobytes()
         return {
             **{f"recipe.{name}": json.dumps(value) for name, value in self.recipe.settings().items()},
+            "rotations": json.dumps([rotation.model_dump() for rotation in self.plan.rotations]),
             "device": self.weights.device.type,
             "model": self.weights.checkpoint.fingerprint(),
             "calibration": hashlib.sha256(text).hexdigest(),
@@ -96,27 +112,65 @@ def prepare(recipe: Recipe) -> Prepared:
     skeleton, weights = open_model(checkpoint, device=device, dtype=DTYPES[dtype])
     if weights.plan is not None:
         raise CheckpointError(f"{checkpoint.path} is quantized already. Quantize the original model instead")
-    head = skeleton.arch.head
-    kept = {
-        head: "shares its weight with the embeddings" if skeleton.tied else "the output head stays in 16 bits unless asked for"
-    }
-    plan, reasons = resolve(
-        skeleton.linears,
-        recipe.scheme,
-        recipe.overrides,
-        dtype=dtype,
-        kept=kept,
-        tied=[name.removesuffix(".weight") for name in skeleton.tied],
-    )
-    if not plan.quantized:
-        raise PlanError("every linear is kept in 16 bits, so there is nothing to do: give a scheme, or fewer overrides")
+    notes = _unused(checkpoint, skeleton)
+    plan, reasons = _planned(recipe, skeleton, dtype)
+    skeleton = skeleton.untie() if plan.untied else skeleton
     for format in formats.values():
         format.check(plan, skeleton.linears, skeleton.fused)
-    tokens, notes = _calibration(recipe, skeleton, checkpoint.path) if tuner.streams else (None, ())
-    notes = (*notes, *_unused(checkpoint, skeleton))
+    ready = Prepared(recipe, skeleton, weights, plan, reasons, formats, tuner, None, ()).planned(plan)
+    reads = ready.text_streams or recipe.rotation_trials > 1
+    tokens, told = _calibration(recipe, skeleton, checkpoint.path) if reads else (None, ())
+    notes = (*told, *notes, *notes_on(plan, skeleton.arch, recipe.formats))
     if dtype != stored:
         notes = (*notes, f"the model is stored in {stored}; the result and everything measured on the way is in {dtype}")
-    return Prepared(recipe, skeleton, weights, plan, reasons, formats, tuner, tokens, notes)
+    return replace(ready, tokens=tokens, notes=notes)
+
+
+def _planned(recipe: Recipe, skeleton: Skeleton, dtype: Literal["bf16", "fp16"]) -> tuple[Plan, dict[str, str]]:
+    """What happens to every linear, and why some are kept."""
+    wanted = recipe.rotations()
+    unties = skeleton.arch.folds("residual") and any(rotation.space == "residual" for rotation in wanted)
+    shared = [] if unties else [name.removesuffix(".weight") for name in skeleton.tied]
+    head = skeleton.arch.head
+    kept = {head: "shares its weight with the embeddings" if shared else "the output head stays in 16 bits unless asked for"}
+    plan, reasons = resolve(skeleton.linears, recipe.scheme, recipe.overrides, dtype=dtype, kept=kept, tied=shared)
+    if not plan.quantized:
+        raise PlanError("every linear is kept in 16 bits, so there is nothing to do: give a scheme, or fewer overrides")
+    plan = with_inputs(plan, asymmetric=recipe.act_asymmetric, clip=recipe.act_clip)
+    if recipe.kv is not None:
+        plan = plan.model_copy(update={"kv": KV_SCHEMES[recipe.kv].served_in(dtype)})
+    if recipe.rotation_trials > 1 and not any(row.input for row in plan.linears.values()):
+        raise PlanError(
+            "--rotation-trials keeps the rotation with the least error of the activations, and the schemes asked for keep the "
+            "activations as they are. Leave it out, or ask for a scheme such as W4A4"
+        )
+    return rotated(plan, wanted, skeleton.arch, skeleton.rows, widths=skeleton.widths, tied=bool(skeleton.tied)), reasons
+
+
+def notes_on(plan: Plan, arch: Arch, formats: Iterable[str]) -> tuple[str, ...]:
+    """What to say of a plan's rotations before the run begins."""
+    notes = []
+    online = [name for name, row in plan.linears.items() if row.online is not None]
+    spaces = {rotation.space for rotation in plan.rotations}
+    if plan.untied:
+        notes.append(
+            "the embeddings and the output head share one weight in the original. A rotation of the residual stream changes "
+            "them differently, so the result has both, and is larger by the head"
+        )
+    if "residual" in spaces and not arch.folds("residual"):
+        notes.append(
+            "R1 cannot be folded into this family: norms with gains write its residual stream. The linears that read the "
+            f"stream turn their inputs while they run, {len(online)} in all"
+        )
+    if "qk" in spaces and plan.kv is None:
+        notes.append("R3 turns keys for a quantized cache, and the cache is not quantized: it changes nothing. Add --kv KV4")
+    if online and "compressed-tensors" in formats:
+        notes.append(
+            f"{len(online)} linears turn their inputs while they run. The compressed-tensors folder says so in its "
+            "transform_config, and transformers alone ignores it and would be silently wrong: load it with bitlathe.load, or with "
+            "`import bitlathe.hf` before AutoModelForCausalLM"
+        )
+    return tuple(notes)
 
 
 def _unused(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[str, ...]:

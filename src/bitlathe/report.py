@@ -19,9 +19,12 @@ from bitlathe.errors import CheckpointError
 from bitlathe.io.checkpoint import Checkpoint, TensorInfo
 from bitlathe.io.sizes import human
 from bitlathe.io.writer import REPORT, TOOL, replace_file
+from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.source import open_model, stored_dtype
-from bitlathe.numerics.scheme import name_of
+from bitlathe.numerics.rotation import cost
+from bitlathe.numerics.scheme import Scheme, described, name_of
 from bitlathe.plan import Plan
+from bitlathe.recipe import ROTATIONS
 
 CARD = "README.md"
 
@@ -151,9 +154,11 @@ def as_json(data: Any) -> bytes:
 def inspect(folder: str | Path) -> dict[str, Any]:
     """What a checkpoint holds, original or quantized, from its headers alone.
 
-    Returns {"model", "format", "dtype", "linears": [{"name", "scheme", "shape", "bits", "bytes", "kept"}], "quantized": how
-    many of them, "bytes", "bits_quantized", "bits_linears", "bits_checkpoint"}; bits are per weight as the file holds them;
-    scheme is None and kept the reason for a linear in 16 bits. Raises CheckpointError or UnsupportedModel.
+    Returns {"model", "format", "dtype", "linears": [{"name", "scheme", "activations", "shape", "bits", "bytes", "kept"}],
+    "quantized": how many of them, "rotations": [{"name", "space", "block", "kind", "seed", "online", "linears": how many run it,
+    "operations", "bytes": of all of them, for a token}], "untied", "kv", "bytes", "bits_quantized", "bits_linears",
+    "bits_checkpoint"}; bits are per weight as the file holds them; scheme is None and kept the reason for a linear in 16 bits.
+    Raises CheckpointError or UnsupportedModel.
     """
     checkpoint = Checkpoint(folder)
     skeleton, weights = open_model(checkpoint, device=torch.device("cpu"))
@@ -164,10 +169,12 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     stored = sizes.pop("linears")
     kept = report.get("kept", {})
     unknown = "the model is not quantized" if plan is None else "not in the plan"
+    linears = {} if plan is None else plan.linears
     rows = [
         {
             "name": name,
-            "scheme": name_of(schemes[name]) if name in schemes else None,
+            "scheme": name_of(schemes[name], linears[name].input) if name in schemes else None,
+            "activations": _activations(linears[name].input) if name in linears else None,
             "shape": list(shape),
             "bits": 8 * stored[name] / prod(shape) if name in stored else None,
             "bytes": stored.get(name, 0),
@@ -181,8 +188,38 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         "dtype": stored_dtype(checkpoint),
         "linears": rows,
         "quantized": len(schemes),
+        "rotations": [] if plan is None else _rotations(plan, skeleton),
+        "untied": plan is not None and plan.untied,
+        "kv": None if plan is None else _activations(plan.kv),
         **sizes,
     }
+
+
+def _activations(scheme: Scheme | None) -> str | None:
+    return scheme and described(scheme)
+
+
+def _rotations(plan: Plan, skeleton: Skeleton) -> list[dict[str, Any]]:
+    """Every rotation of a plan, and what a token costs where it runs while the model does: multiplications and additions, and
+    bytes read and written in 16 bits, of all linears (for R3 of all heads of keys, there and back)."""
+    online = {row.online: row.online.space for row in plan.linears.values() if row.online is not None}
+    names = {known.space: name for name, known in ROTATIONS.items()}
+    found = []
+    for rotation in dict.fromkeys((*plan.rotations, *online)):
+        turned = [skeleton.linears[name][1] for name, row in plan.linears.items() if row.online == rotation]
+        if rotation.space == "qk":
+            turned = [skeleton.value_width] * 2 * skeleton.depth
+        found.append(
+            {
+                "name": names[rotation.space],
+                **rotation.model_dump(mode="json"),
+                "online": bool(turned),
+                "linears": 0 if rotation.space == "qk" else len(turned),
+                "operations": sum(cost(width, rotation)[0] for width in turned),
+                "bytes": sum(2 * 2 * width for width in turned),
+            }
+        )
+    return found
 
 
 def record_evaluation(folder: str | Path, found: Mapping[str, Any]) -> bool:

@@ -41,6 +41,8 @@ def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, second
     checkpoint = ready.weights.checkpoint
     config: dict[str, Any] = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "dtype")}
     config["dtype"] = _LONG[ready.plan.dtype]
+    if ready.plan.untied:
+        config["tie_word_embeddings"] = False
     quantization = format.config(ready.plan)
     if quantization is not None:
         config["quantization_config"] = quantization

@@ -6,8 +6,8 @@ from bitlathe.arch.base import Arch, Linear
 
 LLAMA = Arch(
     linears=(
-        Linear("self_attn.q_proj", "residual", "qk", norm="input_layernorm", fused="self_attn.qkv"),
-        Linear("self_attn.k_proj", "residual", "qk", norm="input_layernorm", fused="self_attn.qkv"),
+        Linear("self_attn.q_proj", "residual", "rope", norm="input_layernorm", fused="self_attn.qkv"),
+        Linear("self_attn.k_proj", "residual", "rope", norm="input_layernorm", fused="self_attn.qkv"),
         Linear("self_attn.v_proj", "residual", "value", norm="input_layernorm", fused="self_attn.qkv"),
         Linear("self_attn.o_proj", "value", "residual"),
         Linear("mlp.gate_proj", "residual", "gate_up", norm="post_attention_layernorm", fused="mlp.gate_up"),

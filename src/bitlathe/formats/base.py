@@ -11,16 +11,20 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.project import QuantTensor
-from bitlathe.numerics.scheme import Scheme
-from bitlathe.plan import Plan
+from bitlathe.plan import LayerPlan, Plan
 
 
 @dataclass(frozen=True)
 class QuantLayer:
-    """A finished linear. weight: its codes and scales, [outputs, inputs]."""
+    """A finished linear.
+
+    weight: its codes and scales, [outputs, inputs]. input: the static scale of its activations, or None.
+    """
 
     weight: QuantTensor
+    input: StaticScale | None = None
 
 
 class Format(Protocol):
@@ -32,12 +36,15 @@ class Format(Protocol):
         """Raise FormatError if `plan` cannot be held; shapes: linear -> (outputs, inputs); fused: linear -> fused group."""
         ...
 
-    def encode(self, layer: QuantLayer, dtype: str) -> dict[str, Tensor]:
-        """The tensors of a linear, keyed by what follows "<linear>." in the file. dtype: the plan's."""
+    def encode(self, layer: QuantLayer, row: LayerPlan, dtype: str) -> dict[str, Tensor]:
+        """The tensors of a linear, keyed by what follows "<linear>." in the file.
+
+        row: its row of the plan; dtype: the plan's.
+        """
         ...
 
-    def decode(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantLayer:
-        """The inverse of `encode`, bit for bit."""
+    def decode(self, tensors: Mapping[str, Tensor], row: LayerPlan, shape: tuple[int, int]) -> QuantLayer:
+        """The inverse of `encode`, bit for bit. row: of the plan, with a weight scheme; shape: (outputs, inputs)."""
         ...
 
     def config(self, plan: Plan) -> dict[str, Any] | None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bitlathe.errors import CheckpointError
 from bitlathe.formats.base import QuantLayer
-from bitlathe.model.layers import QuantLinear
+from bitlathe.model.cache import attach
+from bitlathe.model.layers import QuantLinear, Stage, StagedLinear
+from bitlathe.model.weights import Weights
+from bitlathe.numerics.activation import StaticScale
+from bitlathe.plan import LayerPlan, Plan
+
+B = TypeVar("B", bound="Block")
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,8 @@ class Block:
 
     index: its place, 0-based. name: its path in the model ("model.layers.0"); every other name here is full as well.
     linears: the names that a plan may quantize. fused: linear -> label of the group that is served as one matrix.
-    call: the keyword arguments the model would have called it with, beside the hidden states.
+    call: the keyword arguments the model would have called it with, beside the hidden states. attention: the name of its
+    attention module, None where it has none.
     """
 
     index: int
@@ -31,6 +38,7 @@ class Block:
     fused: Mapping[str, str]
     call: Mapping[str, Any]
     dtype: torch.dtype
+    attention: str | None = None
 
     def __call__(self, x_BTD: Tensor) -> Tensor:
         """The block's output [batch, tokens, width] for hidden states of the same shape."""
@@ -40,15 +48,15 @@ class Block:
         """The hidden states in parts of the same layout, each to be run on its own where no more of the output may be held."""
         return (x_BTD,)
 
-    def linear(self, name: str) -> nn.Linear:
+    def linear(self, name: str) -> StagedLinear:
         """The linear `name`, or the one that was put in its place."""
-        linear = self.module.get_submodule(self._inner(name))
-        assert isinstance(linear, nn.Linear)
+        linear = self.module.get_submodule(self.inner(name))
+        assert isinstance(linear, StagedLinear)
         return linear
 
     def weight(self, name: str) -> Tensor:
         """The weight [outputs, inputs] of a linear that has not been swapped. Raises CheckpointError if it is not finite."""
-        weight = self.module.get_parameter(f"{self._inner(name)}.weight").detach()
+        weight = self.module.get_parameter(f"{self.inner(name)}.weight").detach()
         if not torch.isfinite(weight).all():
             raise CheckpointError(
                 f"{name}.weight has infinite or NaN values, which no scheme can hold. The checkpoint is damaged, or was saved "
@@ -68,22 +76,31 @@ class Block:
     def swap(self, modules: Mapping[str, nn.Module]) -> None:
         """Put modules where linears are."""
         for name, module in modules.items():
-            parent, _, child = self._inner(name).rpartition(".")
+            parent, _, child = self.inner(name).rpartition(".")
             self.module.get_submodule(parent).register_module(child, module)
 
     def freeze(self, layers: Mapping[str, QuantLayer]) -> None:
         """From here on the block runs the codes of `layers`."""
-        biases = {name: self.linear(name).bias for name in layers}
-        self.swap({name: QuantLinear(layer.weight, biases[name], self.dtype) for name, layer in layers.items()})
+        self.swap({name: QuantLinear(layer.weight, self.linear(name), self.dtype) for name, layer in layers.items()})
+
+    def quantize_inputs(self, plan: Plan, fixed: Mapping[str, StaticScale | None]) -> None:
+        """From here on the linears and the cache see their inputs as `plan` rounds them; until now they were only turned.
+
+        fixed: linear -> the static scale of its input, for those that have one.
+        """
+        for name in self.linears:
+            row = plan.linears[name]
+            if row.input is not None:
+                self.linear(name).stage = Stage(row, fixed.get(name), quantized=True)
+        if self.attention is not None:
+            attach_cache([self.module.get_submodule(self.inner(self.attention))], plan)
 
     @contextmanager
     def watch(self, names: Mapping[str, Any], see: Any) -> Iterator[None]:
-        """While open, `see(name, x)` is called with every input [..., inputs] of the linears `names`."""
+        """While open, `see(name, x)` is called with all that the weights of the linears `names` multiply, [..., inputs]: their
+        inputs as they are turned and rounded by then."""
         handles = [
-            self.module.get_submodule(self._inner(name)).register_forward_pre_hook(
-                lambda _module, inputs, name=name: see(name, inputs[0])
-            )
-            for name in names
+            self.linear(name).stage.register_forward_hook(lambda _module, _inputs, x, name=name: see(name, x)) for name in names
         ]
         try:
             yield
@@ -91,5 +108,30 @@ class Block:
             for handle in handles:
                 handle.remove()
 
-    def _inner(self, name: str) -> str:
+    def inner(self, name: str) -> str:
+        """A full name as the block's module knows it."""
         return name.removeprefix(f"{self.name}.") if self.name else name
+
+
+def attach_cache(attentions: Iterable[nn.Module], plan: Plan) -> None:
+    """Have attention modules round the keys and values that they cache, if the plan says so."""
+    rotation = next((rotation for rotation in plan.rotations if rotation.space == "qk"), None)
+    if plan.kv is not None or rotation is not None:
+        for attention in attentions:
+            attach(attention, rotation=rotation, scheme=plan.kv)
+
+
+def staged(block: B, weights: Weights) -> B:
+    """The same block, its linears ready to have their inputs turned and rounded.
+
+    Those of an original only turn them, where the plan says so: it is the model that is to be approximated. Those of a
+    checkpoint of codes do all that its plan says.
+    """
+    rows = {} if weights.plan is None else weights.plan.linears
+    for name in block.linears:
+        linear = block.module.get_submodule(block.inner(name))
+        assert isinstance(linear, nn.Linear)
+        block.swap({name: StagedLinear(linear, Stage(rows.get(name, LayerPlan())))})
+    if weights.plan is not None and weights.format is not None:
+        block.quantize_inputs(weights.plan, {name: weights.static_scale(name) for name in block.linears})
+    return block

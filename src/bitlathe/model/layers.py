@@ -6,22 +6,56 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitlathe.numerics.activation import StaticScale, fake_quantize_input
+from bitlathe.numerics.hadamard import turn
 from bitlathe.numerics.project import Learned, QuantTensor, dequantize, fake_quantize
 from bitlathe.numerics.scheme import Scheme
+from bitlathe.plan import LayerPlan
 
 
-class TunedLinear(nn.Linear):
+class Stage(nn.Module):
+    """What happens to the input [..., inputs] of a linear before its weight: it is turned, then rounded, as its plan says.
+
+    fixed: the static scale, for a scheme that has one. quantized: whether it is rounded; an original is only turned.
+    """
+
+    def __init__(self, row: LayerPlan, fixed: StaticScale | None = None, *, quantized: bool = False) -> None:
+        super().__init__()
+        self.rotation, self.scheme, self.clip = row.online, row.input if quantized else None, row.clip
+        self.fixed = fixed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs], in x's dtype."""
+        if self.rotation is not None:
+            x = turn(x, self.rotation)
+        return x if self.scheme is None else fake_quantize_input(x, self.scheme, clip=self.clip, fixed=self.fixed)
+
+
+class StagedLinear(nn.Linear):
+    """A linear behind a stage, with the parameters of another."""
+
+    def __init__(self, linear: nn.Linear, stage: nn.Module) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias, self.stage = linear.weight, linear.bias, stage
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., inputs] to [..., outputs]."""
+        return F.linear(self.stage(input), self.weight, self.bias)
+
+
+class TunedLinear(StagedLinear):
     """A linear that learns how to be rounded: y = x W'^T + b with W' the projection of W under `learned`.
 
     weight: [outputs, inputs] float32, fixed. offset [outputs, inputs] in grid steps, low and high [blocks] as multiples of
     the range's two ends: what is learned. It computes in the dtype of its input's block, `dtype`.
     """
 
-    def __init__(self, linear: nn.Linear, scheme: Scheme, start: Learned, *, peak: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    def __init__(
+        self, linear: StagedLinear, scheme: Scheme, start: Learned, *, peak: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__(linear, linear.stage)
         self.scheme, self.peak, self.dtype = scheme, peak, dtype
         self.weight = nn.Parameter(linear.weight.detach().float(), requires_grad=False)
-        self.bias = linear.bias
         self.offset = nn.Parameter(torch.zeros_like(self.weight) if start.offset is None else start.offset.clone())
         self.low = None if start.low is None else nn.Parameter(start.low.clone())
         self.high = None if start.high is None else nn.Parameter(start.high.clone())
@@ -39,15 +73,18 @@ class TunedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
         weight = fake_quantize(self.weight, self.scheme, self.learned, peak=self.peak, dtype=self.dtype)
-        return F.linear(input, weight, self.bias)
+        return F.linear(self.stage(input), weight, self.bias)
 
 
-class QuantLinear(nn.Linear):
-    """A finished linear: it runs the dequantized codes, and nothing else ever touches its weight."""
+class QuantLinear(StagedLinear):
+    """A finished linear, in the place of another whose stage and bias it takes over.
 
-    def __init__(self, weight: QuantTensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=dtype)
+    It runs the dequantized codes, and nothing else ever touches its weight.
+    """
+
+    def __init__(self, weight: QuantTensor, linear: StagedLinear, dtype: torch.dtype) -> None:
+        super().__init__(linear, linear.stage)
         self.scheme = weight.scheme
         self.weight = nn.Parameter(dequantize(weight, dtype), requires_grad=False)
-        if bias is not None:
-            self.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        if linear.bias is not None:
+            self.bias = nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)

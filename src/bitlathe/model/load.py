@@ -8,8 +8,9 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from bitlathe.io.checkpoint import Checkpoint
+from bitlathe.model.block import attach_cache
 from bitlathe.model.buffers import materialise_buffers
-from bitlathe.model.layers import QuantLinear
+from bitlathe.model.layers import QuantLinear, Stage, StagedLinear
 from bitlathe.model.source import device_named, open_model
 from bitlathe.model.weights import Weights
 
@@ -29,13 +30,16 @@ def load(folder: str | Path, device: str = "auto") -> PreTrainedModel:
     checkpoint = Checkpoint(folder)
     skeleton, weights = open_model(checkpoint, device=device_named(device))
     model = skeleton.model
-    quantized = {} if weights.plan is None else weights.plan.quantized
+    plan = weights.plan
+    quantized = {} if plan is None else plan.quantized
     for name, module in list(model.named_modules()):
         if name in quantized:
             parent, _, child = name.rpartition(".")
             model.get_submodule(parent).register_module(child, _coded(name, module, weights))
         else:
             _fill(name, module, weights)
+    if plan is not None:
+        attach_cache([model.get_submodule(f"{block}.{skeleton.arch.attention}") for block in skeleton.blocks], plan)
     materialise_buffers(model, [model], weights.device)
     model.tie_weights()
     if (checkpoint.path / GENERATION).is_file():
@@ -46,9 +50,16 @@ def load(folder: str | Path, device: str = "auto") -> PreTrainedModel:
 
 
 def _coded(name: str, linear: nn.Module, weights: Weights) -> QuantLinear:
+    assert isinstance(linear, nn.Linear) and weights.plan is not None
     layer = weights.layer(name)
-    bias = weights.read([f"{name}.bias"])[f"{name}.bias"] if "bias" in linear.state_dict() else None
-    return QuantLinear(layer.weight, bias, weights.dtype).to(weights.device)
+    _fill_bias(name, linear, weights)
+    stage = Stage(weights.plan.linears[name], layer.input, quantized=True)
+    return QuantLinear(layer.weight, StagedLinear(linear, stage), weights.dtype).to(weights.device)
+
+
+def _fill_bias(name: str, linear: nn.Linear, weights: Weights) -> None:
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(weights.read([f"{name}.bias"])[f"{name}.bias"])
 
 
 def _fill(name: str, module: nn.Module, weights: Weights) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from bitlathe.arch import Arch, arch_for
+from bitlathe.arch import Arch, Linear, arch_for
 from bitlathe.errors import CheckpointError, UnsupportedModel
 from bitlathe.io.checkpoint import CONFIG, Checkpoint
-from bitlathe.model.block import Block
+from bitlathe.model.block import Block, staged
 from bitlathe.model.buffers import materialise_buffers
 from bitlathe.model.weights import Weights
 
@@ -99,17 +99,58 @@ class Skeleton:
         rows = {row.name: row.fused for row in self.arch.linears if row.fused}
         return {f"{block}.{name}": f"{block}.{group}" for block in self.blocks for name, group in rows.items()}
 
+    @property
+    def rows(self) -> dict[str, Linear]:
+        """Every linear with its row of the family's table, the norm by its full name; the head reads the residual stream."""
+        rows = {
+            f"{block}.{row.name}": replace(row, norm=row.norm and f"{block}.{row.norm}")
+            for block in self.blocks
+            for row in self.arch.linears
+        }
+        return rows | {self.arch.head: Linear(self.arch.head, "residual", "logits", norm=self.arch.norm)}
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        size = self.model.get_submodule(f"{self.blocks[0]}.{self.arch.attention}").head_dim
+        assert isinstance(size, int)
+        return size
+
+    @property
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        """Space that a rotation may name -> the sizes it has in the model; of one head for "value" and "qk"."""
+        mid = {self.linears[name][1] for name, row in self.rows.items() if row.reads == "mid"}
+        return {
+            "residual": (self.model.config.hidden_size,),
+            "value": (self.head_size,),
+            "qk": (self.head_size,),
+            "mid": tuple(sorted(mid)),
+        }
+
+    @property
+    def value_width(self) -> int:
+        """Width of the values of all heads of a block."""
+        return self.head_size * self.model.config.num_key_value_heads
+
     def parameters_of(self, name: str) -> list[str]:
         """Full names of the parameters and buffers saved for the module `name`."""
         return [f"{name}.{key}" for key in self.model.get_submodule(name).state_dict()]
 
-    def block(self, index: int, weights: dict[str, Tensor], call: dict[str, Any], dtype: torch.dtype) -> Block:
-        """Block `index` with `weights` (full names, all of its parameters) in it."""
+    def untie(self) -> Skeleton:
+        """The skeleton of the same model with an output head of its own."""
+        config = copy.deepcopy(self.model.config)
+        config.tie_word_embeddings = False
+        return _built(config, self.arch, self.model.dtype)
+
+    def block(self, index: int, tensors: dict[str, Tensor], call: dict[str, Any], weights: Weights) -> Block:
+        """Block `index` with `tensors`, all of its parameters by their full names, which were read from `weights`."""
         name = self.blocks[index]
-        module = _filled(self.model, name, weights, dtype)
+        module = _filled(self.model, name, tensors, weights.dtype)
         prefix = f"{name}."
         linears = tuple(linear for linear in self.linears if linear.startswith(prefix))
-        return Block(index=index, name=name, module=module, linears=linears, fused=self.fused, call=call, dtype=dtype)
+        attention = f"{name}.{self.arch.attention}"
+        block = Block(index, name, module, linears, self.fused, call, weights.dtype, attention)
+        return staged(block, weights)
 
     def head(self, weights: Weights) -> Head:
         """The end of the model, with its weights."""
@@ -120,7 +161,7 @@ class Skeleton:
         _put(model, self.arch.base, _Tail(norm))
         _put(model, self.arch.head, head)
         linears = (self.arch.head,)
-        return Head(index=self.depth, name="", module=model, linears=linears, fused={}, call={}, dtype=weights.dtype)
+        return staged(Head(self.depth, "", model, linears, {}, {}, weights.dtype, None), weights)
 
     def front(self, weights: Weights) -> Front:
         """What comes before the blocks: embeddings and the calls that the blocks will receive."""
@@ -184,6 +225,10 @@ def skeleton_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
     # First: to a family that it does not know transformers has other answers, among them to offer to run the model's code.
     arch = arch_for(checkpoint.config)
     config = read_config(checkpoint)
+    return _built(config, arch, dtype)
+
+
+def _built(config: PretrainedConfig, arch: Arch, dtype: torch.dtype) -> Skeleton:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.requires_grad_(requires_grad=False)

@@ -93,7 +93,7 @@ def _read_ahead(skeleton: Skeleton, weights: Weights, calls: list[dict[str, Any]
         for index in range(skeleton.depth):
             tensors = coming.result()
             coming = reader.submit(read, index + 1)
-            block = skeleton.block(index, tensors, calls[index] if calls else {}, weights.dtype)
+            block = skeleton.block(index, tensors, calls[index] if calls else {}, weights)
             del tensors
             yield block
             del block

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from torch import Tensor
 from bitlathe.errors import BitlatheError, CheckpointError
 from bitlathe.formats.base import Format, QuantLayer
 from bitlathe.io.checkpoint import Checkpoint
+from bitlathe.model.edit import Edit
+from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.project import dequantize
+from bitlathe.numerics.scheme import static
 from bitlathe.plan import Plan
 
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -21,9 +24,10 @@ DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16,
 class Weights:
     """Parameters by name, dense, in `dtype`, on `device`.
 
-    A linear of `plan` is decoded by `format` and dequantized in the plan's dtype first, because that is the model that was
-    made; without a plan every tensor is read as it is. shapes: linear -> (outputs, inputs). tied: parameter -> the parameter
-    whose tensor it shares.
+    With a `format` the checkpoint is one of codes: a linear of `plan` is decoded and dequantized in the plan's dtype first,
+    because that is the model that was made. Without one it is an original: `edits` says what becomes of its parameters on the
+    way, and `plan` what is going to be made of them. shapes: linear -> (outputs, inputs). tied: parameter -> the parameter
+    whose tensor it shares in the checkpoint.
     """
 
     checkpoint: Checkpoint
@@ -33,14 +37,21 @@ class Weights:
     device: torch.device
     plan: Plan | None = None
     format: Format | None = None
+    edits: Mapping[str, Edit] = field(default_factory=dict, repr=False)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The parameters `names`, as the file has them today: a second read gives the same tensors."""
         names = list(names)
         coded = {name: linear for name in names if (linear := self._coded(name)) is not None}
         plain = {name: self.tied.get(name, name) for name in names if name not in coded}
-        found = self.checkpoint.read(sorted(set(plain.values())))
-        read = {name: found[stored].to(self.device, self.dtype) for name, stored in plain.items()}
+        gains = {edit.gain for name in plain if (edit := self.edits.get(name)) is not None and edit.gain is not None}
+        found = self.checkpoint.read(sorted({*plain.values(), *gains}))
+        read = {}
+        for name, stored in plain.items():
+            tensor, edit = found[stored].to(self.device), self.edits.get(name)
+            if edit is not None:
+                tensor = edit(tensor, None if edit.gain is None else found[edit.gain].to(self.device))
+            read[name] = tensor.to(self.dtype)
         for name, linear in coded.items():
             layer = self.layer(linear)
             read[name] = dequantize(layer.weight, DTYPES[self._plan.dtype]).to(self.device, self.dtype)
@@ -54,9 +65,13 @@ class Weights:
         read = self.checkpoint.read(names)
         tensors = {name.removeprefix(prefix): tensor.to(self.device) for name, tensor in read.items()}
         try:
-            return self.format.decode(tensors, self._plan.quantized[linear], self.shapes[linear])
+            return self.format.decode(tensors, self._plan.linears[linear], self.shapes[linear])
         except BitlatheError as error:
             raise CheckpointError(f"{self.checkpoint.path}, {linear}: {error}") from error
+
+    def static_scale(self, linear: str) -> StaticScale | None:
+        """The static scale of a quantized linear's input; None where there is none."""
+        return self.layer(linear).input if static(self._plan.linears[linear].input) else None
 
     @property
     def _plan(self) -> Plan:

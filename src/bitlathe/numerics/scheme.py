@@ -123,32 +123,106 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
+class Preset(BaseModel):
+    """What a name stands for. weight: scheme of the weight [outputs, inputs]; input: of the activations [tokens, inputs], None
+    where they stay in 16 bits.
+
+    A scale of activations that one token or a part of it has is computed when it is run ("dynamic"); one that the whole matrix
+    shares, at any level, is measured on calibration text and stored ("static", see `static`).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: Scheme
+    input: Scheme | None = None
+
+    def served_in(self, dtype: str) -> Preset:
+        """The same with 16-bit scales in `dtype`, "bf16" or "fp16"."""
+        return Preset(weight=self.weight.served_in(dtype), input=self.input and self.input.served_in(dtype))
+
+
+def per_token(grid: str, *, asymmetric: bool = False) -> Scheme:
+    """Activations with one scale a token."""
+    return Scheme(grid=grid, block=(1, 0), scale=_SCALE, asymmetric=asymmetric)
+
+
+def per_tensor(grid: str, *, asymmetric: bool = False) -> Scheme:
+    """Activations with one scale for all tokens."""
+    return Scheme(grid=grid, block=(0, 0), scale=_SCALE, asymmetric=asymmetric)
+
+
+def static(scheme: Scheme | None) -> bool:
+    """Whether activations of this scheme have a scale, or a scale of scales, that all tokens share."""
+    return scheme is not None and scheme.scale is not None and (scheme.block == (0, 0) or static(scheme.scale))
+
+
+# Every name users type: weights alone, and weights with activations.
+PRESETS: dict[str, Preset] = {name: Preset(weight=scheme) for name, scheme in SCHEMES.items()} | {
+    "W4A4": Preset(weight=SCHEMES["W4A16_CHANNEL"], input=per_token("INT4")),
+    "W4A4G128": Preset(weight=SCHEMES["W4A16"], input=per_token("INT4")),
+    "W4A8": Preset(weight=SCHEMES["W4A16"], input=per_token("INT8")),
+    "W8A8": Preset(weight=SCHEMES["W8A16_CHANNEL"], input=per_token("INT8")),
+    "W8A8_STATIC": Preset(weight=SCHEMES["W8A16_CHANNEL"], input=per_tensor("INT8")),
+    "FP8_DYNAMIC": Preset(weight=SCHEMES["FP8_CHANNEL"], input=per_token("E4M3")),
+    "FP8_STATIC": Preset(weight=SCHEMES["FP8_CHANNEL"], input=per_tensor("E4M3")),
+    "MXFP4": Preset(weight=SCHEMES["MXFP4A16"], input=SCHEMES["MXFP4A16"]),
+    "MXFP8": Preset(weight=SCHEMES["MXFP8A16"], input=SCHEMES["MXFP8A16"]),
+    "NVFP4": Preset(weight=SCHEMES["NVFP4A16"], input=SCHEMES["NVFP4A16"]),
+}
+
+# Other names for some of them.
+PRESET_ALIASES: dict[str, str] = {"INT8": "W8A8", "INT4": "W4A4"}
+
+# Schemes of the keys and values of a cache: [tokens, head size] of every head, one scale a token and head.
+KV_SCHEMES: dict[str, Scheme] = {
+    "KV8": per_token("INT8", asymmetric=True),
+    "KV4": per_token("INT4", asymmetric=True),
+}
+
+
 def _key(name: str) -> str:
-    return name.upper().replace("-", "").replace("_", "").replace("G128", "")
+    plain = name.upper().replace("-", "").replace("_", "")
+    return plain.replace("A16G128", "A16")
 
 
-_BY_KEY = {_key(name): name for name in SCHEMES}
+_BY_KEY = {_key(name): name for name in PRESETS} | {_key(alias): name for alias, name in PRESET_ALIASES.items()}
 
 
 def canonical_name(name: str) -> str:
     """The table's spelling of a scheme's name; case, "-" and "_" do not matter. Raises RecipeError for an unknown one."""
     if _key(name) not in _BY_KEY:
         raise RecipeError(
-            f"unknown scheme {name!r}. Known: {', '.join(SCHEMES)}. "
-            "Integer names read W<bits>A16, then G32, G64 or _CHANNEL (groups of 128 otherwise), then _ASYM."
+            f"unknown scheme {name!r}. Known: {', '.join(PRESETS)}. "
+            "Weight-only integer names read W<bits>A16, then G32, G64 or _CHANNEL (groups of 128 otherwise), then _ASYM."
         )
     return _BY_KEY[_key(name)]
 
 
+def preset_named(name: str, dtype: str = "bf16") -> Preset:
+    """What users call `name`, with 16-bit scales in `dtype` ("bf16" or "fp16")."""
+    return PRESETS[canonical_name(name)].served_in(dtype)
+
+
 def scheme_named(name: str, dtype: str = "bf16") -> Scheme:
-    """The scheme users call `name`, with 16-bit scales in `dtype` ("bf16" or "fp16")."""
-    return SCHEMES[canonical_name(name)].served_in(dtype)
+    """The scheme of the weights of what users call `name`."""
+    return preset_named(name, dtype).weight
 
 
-def name_of(scheme: Scheme) -> str:
-    """The name of a scheme; a description where the table has none."""
-    plain = scheme.served_in("bf16")
-    for name, known in SCHEMES.items():
+def name_of(weight: Scheme, input: Scheme | None = None) -> str:
+    """The name of a weight's scheme with that of its activations; a description where the table has none."""
+    plain = Preset(weight=weight, input=input).served_in("bf16")
+    for name, known in PRESETS.items():
         if known == plain:
             return name
-    return f"{scheme.grid}[{scheme.block[0] or 'all'}x{scheme.block[1] or 'all'}]"
+    if input is not None:
+        return f"{name_of(weight)} with {described(input)}"
+    return f"{weight.grid}[{weight.block[0] or 'all'}x{weight.block[1] or 'all'}]"
+
+
+def described(scheme: Scheme) -> str:
+    """A scheme of activations, or of a cache, in words: its grid, and what shares a scale."""
+    shared = {(1, 0): " per token", (0, 0): " per tensor, static"}.get(scheme.block)
+    rows, columns = (extent or "all" for extent in scheme.block)
+    words = shared or (f" in groups of {columns}" if rows == 1 else f" in blocks of {rows} x {columns}")
+    nested = ", with a static scale of scales" if static(scheme.scale) else ""
+    return f"{scheme.grid}{' asymmetric' if scheme.asymmetric else ''}{words}{nested}"

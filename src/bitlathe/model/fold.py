@@ -1,0 +1,72 @@
+"""Changes of basis, folded into weights while they are read.
+
+An orthogonal matrix R turns every vector x of a space into x R. The weights around follow: a linear that reads the space gets
+W R, one that writes it R^T W (and R^T b), and the model's function stays as it was. A norm between the residual stream and its
+reader commutes with R once its gain has moved into the reader's columns. (SliceGPT, arXiv:2401.15024; QuaRot,
+arXiv:2404.00456.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+from bitlathe.arch import Linear
+from bitlathe.model.edit import Edit, Turn
+from bitlathe.model.skeleton import Skeleton
+from bitlathe.numerics.hadamard import turn
+from bitlathe.plan import Plan
+
+
+def edits_of(skeleton: Skeleton, plan: Plan) -> dict[str, Edit]:
+    """Parameter -> what its plan's rotations make of it; a parameter that stays as it is is not there."""
+    turns = {
+        rotation.space: partial(turn, rotation=rotation) for rotation in plan.rotations if skeleton.arch.folds(rotation.space)
+    }
+    edits = fold(skeleton, turns)
+    for name, row in plan.linears.items():
+        if row.online is not None:
+            weight = f"{name}.weight"
+            edits[weight] = replace(edits.get(weight, Edit()), columns=partial(turn, rotation=row.online))
+    return edits
+
+
+def fold(skeleton: Skeleton, turns: Mapping[str, Turn]) -> dict[str, Edit]:
+    """Edits that turn whole spaces: "residual", and "value" with a turn of one head. Only spaces that linears write."""
+    assert all(skeleton.arch.folds(space) for space in turns)
+    edits: dict[str, Edit] = {}
+    for name, row in skeleton.rows.items():
+        edits |= _of_linear(name, row, skeleton, turns)
+    if "residual" in turns:
+        edits[f"{skeleton.arch.embed}.weight"] = Edit(columns=turns["residual"])
+    return edits
+
+
+def _of_linear(name: str, row: Linear, skeleton: Skeleton, turns: Mapping[str, Turn]) -> dict[str, Edit]:
+    edits: dict[str, Edit] = {}
+    columns = _per_head(turns.get(row.reads), row.reads, skeleton)
+    gain = f"{row.norm}.weight" if row.norm is not None and row.reads in turns else None
+    writes = "value" if row.writes == "qkv" else row.writes
+    rows = _per_head(turns.get(writes), writes, skeleton)
+    # The values are the last rows of a matrix that holds the three.
+    start = skeleton.linears[name][0] - skeleton.value_width if row.writes == "qkv" else 0
+    if gain is not None:
+        edits[gain] = Edit(ones=True)
+    if columns is not None or rows is not None:
+        edits[f"{name}.weight"] = Edit(gain=gain, columns=columns, rows=rows, start=start)
+    if rows is not None and f"{name}.bias" in skeleton.shapes:
+        edits[f"{name}.bias"] = Edit(rows=rows, start=start)
+    return edits
+
+
+def _per_head(one: Turn | None, space: str, skeleton: Skeleton) -> Turn | None:
+    if one is None or space != "value":
+        return one
+    return partial(_each_head, one=one, size=skeleton.head_size)
+
+
+def _each_head(x: Tensor, *, one: Turn, size: int) -> Tensor:
+    return one(x.unflatten(-1, (-1, size))).flatten(-2)

@@ -1,0 +1,88 @@
+"""Which random signs: of several draws of a plan's rotations, the one whose activations lose least when they are rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bitlathe.model.block import Block
+from bitlathe.model.skeleton import Skeleton
+from bitlathe.model.walk import Start, walk
+from bitlathe.model.weights import Weights
+from bitlathe.numerics.activation import fake_quantize_input, static_scale
+from bitlathe.numerics.hadamard import turn, turn_back
+from bitlathe.numerics.rotation import Rotation
+from bitlathe.numerics.scheme import static
+from bitlathe.plan import LayerPlan, Plan
+
+
+def errors_of(skeleton: Skeleton, weights: Weights, start: Start, plans: Sequence[Plan], *, batch_size: int) -> list[float]:
+    """For each plan the error of rounding activations: over all linears, the mean of |x - rounded x|^2 / |x|^2.
+
+    weights: of an original, edited by the first plan; the others differ from that in the signs of their rotations only. start: a
+    few windows of text, one stream. The model runs once, unrounded, turned as the first plan says; what its linears read is
+    turned back, and then as each plan says.
+    """
+    totals, count = torch.zeros(len(plans), dtype=torch.float64), 0
+    for step in walk(skeleton, weights, start, batch_size=batch_size):
+        assert step.inputs is not None
+        seen = _read_once(step.block, skeleton, plans[0])
+        errors = _Errors(skeleton, plans)
+        with torch.no_grad(), step.block.watch(seen, errors.see):
+            for batch in step.inputs.batches(batch_size):
+                step.block(step.inputs[batch])
+        for lost, all_of_it in errors.sums.values():
+            totals += lost / all_of_it
+            count += 1
+    return (totals / max(count, 1)).tolist()
+
+
+def _read_once(block: Block, skeleton: Skeleton, plan: Plan) -> dict[str, LayerPlan]:
+    """The linears whose inputs are rounded and randomly turned; one of each group that reads the same."""
+    found = {}
+    for name in block.linears:
+        row = plan.linears[name]
+        turned = _rotation(plan, skeleton, name)
+        if row.input is not None and turned is not None and turned.kind == "random":
+            found.setdefault(block.fused.get(name, name), name)
+    return {name: plan.linears[name] for name in found.values()}
+
+
+class _Errors:
+    """sums: linear -> what rounding loses under each plan, and the sum of squares, float64 [plans] and []."""
+
+    def __init__(self, skeleton: Skeleton, plans: Sequence[Plan]) -> None:
+        self.skeleton, self.plans = skeleton, plans
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def see(self, name: str, x: Tensor) -> None:
+        first, *_ = turns = [_rotation(plan, self.skeleton, name) for plan in self.plans]
+        row = self.plans[0].linears[name]
+        assert first is not None and row.input is not None
+        x = x.float()
+        plain = _per_space(x, first, turn_back, self.skeleton)
+        lost = []
+        for rotation in turns:
+            assert rotation is not None
+            turned = _per_space(plain, rotation, turn, self.skeleton)
+            low, high = torch.aminmax(turned)
+            fixed = static_scale(low, high, row.input, self.plans[0].dtype, clip=row.clip) if static(row.input) else None
+            rounded = fake_quantize_input(turned, row.input, clip=row.clip, fixed=fixed)
+            lost.append((rounded - turned).square_().sum(dtype=torch.float64))
+        before = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = before[0] + torch.stack(lost).cpu(), before[1] + x.square().sum(dtype=torch.float64).cpu()
+
+
+def _rotation(plan: Plan, skeleton: Skeleton, name: str) -> Rotation | None:
+    """What turns the input of a linear."""
+    online = plan.linears[name].online
+    space = skeleton.rows[name].reads
+    folded = next((rotation for rotation in plan.rotations if rotation.space == space), None)
+    return online if online is not None else folded if skeleton.arch.folds(space) else None
+
+
+def _per_space(x: Tensor, rotation: Rotation, how: Callable[[Tensor, Rotation], Tensor], skeleton: Skeleton) -> Tensor:
+    size = skeleton.head_size if rotation.space == "value" else x.shape[-1]
+    return how(x.unflatten(-1, (-1, size)), rotation).flatten(-2)
