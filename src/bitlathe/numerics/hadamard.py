@@ -24,7 +24,7 @@ from torch.autograd.function import Function, FunctionCtx
 
 from bitlathe.numerics.rotation import Rotation, factors, paley, sign_bits, steps
 
-_CHUNK = 2**17  # elements turned at a time on a CPU, so that what one step writes the next finds in the cache
+_CHUNK = 2**19  # elements turned at a time on a CPU; all at once takes fresh memory a step, few keep threads waiting
 
 # First rows of the circulants A, B, C, D, with A A^T + B B^T + C C^T + D D^T = order * identity. Symmetric for 92, 116 and 172
 # (there constant on the cosets of {+-1, +-6, +-7} mod 43); for 156 constant on the cosets of {1, 16, 22} mod 39.
