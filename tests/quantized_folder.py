@@ -71,7 +71,7 @@ def make(folder: Path, format: Format, model: PreTrainedModel, plan: Plan) -> Ma
     for name, scheme in plan.quantized.items():
         linear = model.get_submodule(name)
         layer = QuantLayer(quantize(tensors.pop(f"{name}.weight"), scheme))
-        tensors |= {f"{name}.{key}": tensor for key, tensor in format.encode(layer, plan.dtype).items()}
+        tensors |= {f"{name}.{key}": tensor for key, tensor in format.encode(layer, plan.linears[name], plan.dtype).items()}
         weights[name] = dequantize(layer.weight, DTYPES[plan.dtype])
         linear.weight = nn.Parameter(weights[name])
     save_file(

@@ -10,26 +10,44 @@ from torch import Tensor
 
 from bitlathe.errors import FormatError
 from bitlathe.formats.base import QuantLayer
+from bitlathe.formats.stored import some
 from bitlathe.numerics.project import dequantize
-from bitlathe.numerics.scheme import Scheme
-from bitlathe.plan import Plan
+from bitlathe.numerics.scheme import described
+from bitlathe.plan import LayerPlan, Plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Dense:
-    """Dequantized weights; it holds every plan's numbers, and no codes."""
+    """Dequantized weights, folded rotations included; nothing that happens while a model runs."""
 
     name = "dense"
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
-        """Nothing is refused."""
+        """Raise FormatError for quantized activations, a quantized cache, and rotations that run online."""
+        rounded = [name for name, row in plan.linears.items() if row.input is not None]
+        turned = [name for name, row in plan.linears.items() if row.online is not None]
+        if rounded:
+            raise FormatError(
+                f"dense cannot hold the quantized activations of {some(rounded)}: it is an ordinary model, which would run "
+                "them in 16 bits. Choose a scheme of weights alone (such as W4A16), or write the native format"
+            )
+        if turned:
+            raise FormatError(
+                f"dense cannot hold the rotations that {some(turned)} run online: an ordinary model would leave them out and "
+                "be wrong. Leave them out of --rotate (R1 and R2 are folded into most models), or write the native format"
+            )
+        if plan.kv is not None:
+            raise FormatError(
+                f"dense cannot hold a cache of keys and values in {described(plan.kv)}: an ordinary model keeps them in 16 "
+                "bits. Leave out --kv, or write the native format"
+            )
 
-    def encode(self, layer: QuantLayer, dtype: str) -> dict[str, Tensor]:
+    def encode(self, layer: QuantLayer, row: LayerPlan, dtype: str) -> dict[str, Tensor]:
         """The weight [outputs, inputs] in the plan's dtype."""
         return {"weight": dequantize(layer.weight, DTYPES[dtype])}
 
-    def decode(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantLayer:
+    def decode(self, tensors: Mapping[str, Tensor], row: LayerPlan, shape: tuple[int, int]) -> QuantLayer:
         """Always raises FormatError: numbers do not say which codes they came from."""
         raise FormatError(
             "the dense format keeps dequantized weights and no codes. Read the weights as those of any model, or quantize "

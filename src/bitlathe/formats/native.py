@@ -3,7 +3,11 @@
 Every tensor of a quantized linear is a flat stream of bits. `weight` holds the codes, `weight_zero` the zero points,
 `weight_scale` the codes of the scales, and so on down (`weight_scale_scale`). Integers and E2M1 are packed densely, low bits
 first, each row padded to a byte, symmetric integers with 2^(bits-1) added; E8M0 and E4M3 are bytes; 16- and 32-bit floats are
-their bit patterns as int16 and int32, because loaders cast floats to the dtype they are asked for.
+their bit patterns as int16 and int32, because loaders cast floats to the dtype they are asked for. `input_scale` and
+`input_zero` are one number each, what is static of the linear's activations.
+
+The configuration is the plan, each of its different rows once. Its format_version is the least that says the plan: 1 says
+schemes of weights, 2 adds activations, rotations, and the scheme of a cache.
 
 A loader that does not know the quant_method must not run the model. transformers only warns about one it does not know, and
 fills weights it does not find with random numbers; but it stops at a `weight` of another shape than the linear's. So the codes
@@ -23,14 +27,15 @@ from torch import Tensor
 from bitlathe.errors import FormatError
 from bitlathe.formats.base import QuantLayer
 from bitlathe.formats.stored import some, take
+from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.bits import pack, unpack
 from bitlathe.numerics.project import QuantTensor
 from bitlathe.numerics.rotation import Rotation
-from bitlathe.numerics.scheme import GRIDS, Grid, Scheme
+from bitlathe.numerics.scheme import GRIDS, Grid, Scheme, static
 from bitlathe.plan import LayerPlan, Plan
 
 METHOD = "bitlathe"
-VERSION = 1
+VERSIONS = (1, 2)
 
 # Grids whose codes are machine words: dtype of the codes in memory, dtype of the same bits in the file.
 WORDS: dict[str, tuple[torch.dtype, torch.dtype]] = {
@@ -43,16 +48,22 @@ WORDS: dict[str, tuple[torch.dtype, torch.dtype]] = {
 
 
 class _Group(BaseModel):
-    """The linears of one scheme."""
+    """The linears of one row. scheme: of its weight."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    scheme: Scheme
+    scheme: Scheme | None = None
+    input: Scheme | None = None
+    clip: float = 1.0
+    online: Rotation | None = None
     linears: list[str]
+
+    def row(self) -> LayerPlan:
+        return LayerPlan(weight=self.scheme, input=self.input, clip=self.clip, online=self.online)
 
 
 class _Config(BaseModel):
-    """What config.json holds under "quantization_config"; a plan with each scheme once."""
+    """What config.json holds under "quantization_config"; a plan with each different row once."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")  # other programs add keys of their own
 
@@ -62,6 +73,8 @@ class _Config(BaseModel):
     groups: list[_Group]
     kept: list[str]
     rotations: list[Rotation] = []
+    kv: Scheme | None = None
+    untied: bool = False
 
 
 class Native:
@@ -72,47 +85,69 @@ class Native:
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Nothing is refused."""
 
-    def encode(self, layer: QuantLayer, dtype: str) -> dict[str, Tensor]:
+    def encode(self, layer: QuantLayer, row: LayerPlan, dtype: str) -> dict[str, Tensor]:
         """The streams of a linear; `dtype` does not matter."""
-        return _encode(layer.weight, "weight")
+        assert static(row.input) == (layer.input is not None)
+        tensors = _encode(layer.weight, "weight")
+        if layer.input is not None:
+            tensors["input_scale"] = layer.input.scale.view(_static_word(row)[1])
+            if layer.input.zero is not None:
+                tensors["input_zero"] = layer.input.zero.view(torch.uint8)
+        return tensors
 
-    def layout(self, scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of what `encode` gives for a linear of `shape`."""
-        return _layout(scheme, shape, "weight")
+    def layout(self, row: LayerPlan, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of what `encode` gives for a linear of `shape` with a scheme of weights."""
+        assert row.weight is not None
+        layout = _layout(row.weight, shape, "weight")
+        if row.input is not None and static(row.input):
+            layout["input_scale"] = (_static_word(row)[1], (1,))
+            if row.input.asymmetric:
+                layout["input_zero"] = (torch.uint8, (1,))
+        return layout
 
-    def decode(self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantLayer:
-        """The inverse of `encode`. Raises CheckpointError for tensors that are not of this scheme and shape."""
-        return QuantLayer(_decode(tensors, "weight", scheme, shape))
+    def decode(self, tensors: Mapping[str, Tensor], row: LayerPlan, shape: tuple[int, int]) -> QuantLayer:
+        """The inverse of `encode`. Raises CheckpointError for tensors that are not of this row and shape."""
+        assert row.weight is not None
+        weight = _decode(tensors, "weight", row.weight, shape)
+        if row.input is None or not static(row.input):
+            return QuantLayer(weight)
+        held, word = _static_word(row)
+        scale = take(tensors, "input_scale", word, (1,)).view(held)
+        zero = take(tensors, "input_zero", torch.uint8, (1,)).view(torch.int8) if row.input.asymmetric else None
+        return QuantLayer(weight, StaticScale(scale, zero))
 
     def config(self, plan: Plan) -> dict[str, Any]:
-        """The plan, each scheme once."""
-        groups: dict[Scheme, list[str]] = {}
-        for name, scheme in plan.quantized.items():
-            groups.setdefault(scheme, []).append(name)
+        """The plan, each different row once."""
+        groups: dict[LayerPlan, list[str]] = {}
+        for name, row in plan.linears.items():
+            groups.setdefault(row, []).append(name)
+        kept = groups.pop(LayerPlan(), [])
+        more = plan.rotations or plan.kv or plan.untied or any(row != LayerPlan(weight=row.weight) for row in groups)
         return {
             "quant_method": METHOD,
-            "format_version": VERSION,
+            "format_version": VERSIONS[1 if more else 0],
             "dtype": plan.dtype,
-            "groups": [
-                {"scheme": scheme.model_dump(mode="json", exclude_defaults=True), "linears": names}
-                for scheme, names in groups.items()
-            ],
-            "kept": [name for name, row in plan.linears.items() if row.weight is None],
+            "groups": [_group(row, names) for row, names in groups.items()],
+            "kept": kept,
             "rotations": [rotation.model_dump(mode="json") for rotation in plan.rotations],
+            **({} if plan.kv is None else {"kv": plan.kv.model_dump(mode="json", exclude_defaults=True)}),
+            **({"untied": True} if plan.untied else {}),
         }
 
     def parse(self, config: Mapping[str, Any], linears: list[str]) -> Plan:
         """The inverse of `config`. Raises FormatError for another version's config, or one of another model."""
-        if config.get("quant_method") != METHOD or config.get("format_version") != VERSION:
+        if config.get("quant_method") != METHOD or config.get("format_version") not in VERSIONS:
             raise FormatError(
                 f"this is quant_method {config.get('quant_method')!r}, format_version {config.get('format_version')!r}; this "
-                f"program reads {METHOD!r}, version {VERSION}. Use the version of bitlathe that wrote the folder"
+                f"program reads {METHOD!r}, versions {' and '.join(map(str, VERSIONS))}. Use the version of bitlathe that "
+                "wrote the folder"
             )
         try:
             stored = _Config.model_validate(dict(config))
-            rows = {name: LayerPlan(weight=group.scheme) for group in stored.groups for name in group.linears}
+            rows = {name: group.row() for group in stored.groups for name in group.linears}
             rows |= {name: LayerPlan() for name in stored.kept}
-            plan = Plan.model_validate({"linears": rows, "dtype": stored.dtype, "rotations": tuple(stored.rotations)})
+            said = stored.model_dump(include={"dtype", "rotations", "kv", "untied"})
+            plan = Plan.model_validate({"linears": rows, **said})
         except ValidationError as error:
             raise FormatError(
                 f"the quantization_config is damaged: {error.errors()[0]['msg']} at "
@@ -125,6 +160,19 @@ class Native:
                 "Take the config.json that was written with the weights"
             )
         return plan.model_copy(update={"linears": {name: plan.linears[name] for name in linears}})
+
+
+def _group(row: LayerPlan, names: list[str]) -> dict[str, Any]:
+    """What a configuration says of a row's linears."""
+    said = row.model_dump(mode="json", exclude_defaults=True)
+    scheme = {"scheme": said.pop("weight")} if "weight" in said else {}
+    return scheme | said | {"linears": names}
+
+
+def _static_word(row: LayerPlan) -> tuple[torch.dtype, torch.dtype]:
+    """Dtype of the static scale of a row's activations, in memory and in the file."""
+    assert row.input is not None and row.input.scale is not None
+    return WORDS[row.input.scale.grid if row.input.block == (0, 0) else "FP32"]
 
 
 def _encode(q: QuantTensor, name: str) -> dict[str, Tensor]:
