@@ -2,7 +2,8 @@
 
 Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs", arXiv:2309.05516. Offsets
 start at 0 and ranges at 1; the step size falls linearly from `lr` to 0; the loss is the mean squared error of the block's
-output on the inputs it will really receive against the original block's output on the original inputs.
+output on the inputs it will really receive against the original block's output on the original inputs. Tokens of extreme norm
+are left out of it (see `counting`): a few of them would own the fit.
 
 The original keeps the state with the lowest loss of one minibatch, which is luck as much as merit. Here a few sequences are
 held out, and the state that is best on them is kept.
@@ -22,8 +23,12 @@ from bitlathe.model.layers import TunedLinear
 from bitlathe.model.walk import Step
 from bitlathe.numerics.project import Learned, quantize
 from bitlathe.numerics.scheme import Scheme
-from bitlathe.tune.base import Listen, Tuned, block_error
+from bitlathe.tune.base import Listen, Tuned, block_error, counting
 from bitlathe.tune.options import SignRoundOptions, TuneOptions
+
+# Only the sign of a gradient is used. The factor of a mean, one over millions, would put it below what fp16 holds; with none,
+# sums over tokens could go beyond.
+_FACTOR = 2.0**-6
 
 
 class SignRound:
@@ -70,9 +75,9 @@ class SignRound:
         state = [parameter.detach().clone() for parameter in parameters]
         for iteration in range(self.iters):
             batch = next(draws)
-            output = forward(inputs[batch])
-            loss = nn.functional.mse_loss(output.float(), targets[batch].float())
-            gradients = torch.autograd.grad(loss, parameters)
+            x = inputs[batch]
+            output = forward(x)
+            gradients = torch.autograd.grad(output, parameters, _gradient(x, output, targets[batch]))
             _step(bounded, gradients, lr=lr * (1 - iteration / self.iters))
             if (iteration + 1) % self.options.check_every == 0 or iteration + 1 == self.iters:
                 error = block_error(block, inputs, targets, batches=held)
@@ -108,6 +113,17 @@ def start_of(weight: Tensor, scheme: Scheme) -> Learned:
         return Learned(offset=offset)
     ones = torch.ones(blocks, device=weight.device)
     return Learned(offset=offset, low=ones.clone() if scheme.asymmetric else None, high=ones)
+
+
+@torch.no_grad()
+def _gradient(x: Tensor, output: Tensor, wanted: Tensor) -> Tensor:
+    """What the mean squared error is by the block's output [batch, tokens, channels], in its dtype and but for a factor.
+
+    0 for tokens that are extreme in the block's inputs `x` or in what is wanted (see `counting`). Both are judged: there is a
+    block that makes them so, others pass them on with the errors they carry, and one takes their norm away again.
+    """
+    error = output.float() - wanted.float()
+    return error.mul_(counting(x, wanted)[..., None] * _FACTOR).to(output.dtype)
 
 
 @torch.no_grad()
