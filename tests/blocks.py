@@ -17,6 +17,7 @@ from bitlathe.model.source import open_model
 from bitlathe.model.walk import Step, begin, walk
 from bitlathe.numerics.project import QuantTensor
 from bitlathe.numerics.scheme import SCHEMES, Scheme
+from bitlathe.plan import LayerPlan
 
 SEQUENCES, TOKENS = 12, 32
 
@@ -57,9 +58,9 @@ def schemes_of(step: Step, name: str) -> dict[str, Scheme]:
 
 def as_written(layers: dict[str, QuantLayer]) -> dict[str, QuantLayer]:
     """The layers as the native format gives them back."""
-    native = Native()
+    native, rows = Native(), {name: LayerPlan(weight=layer.weight.scheme) for name, layer in layers.items()}
     return {
-        name: native.decode(native.encode(layer, "bf16"), layer.weight.scheme, layer.weight.shape)
+        name: native.decode(native.encode(layer, rows[name], "bf16"), rows[name], layer.weight.shape)
         for name, layer in layers.items()
     }
 
@@ -78,4 +79,4 @@ def outer_scale(q: QuantTensor) -> Tensor:
 
 
 def _streams(layer: QuantLayer) -> list[Tensor]:
-    return list(Native().encode(layer, "bf16").values())
+    return list(Native().encode(layer, LayerPlan(weight=layer.weight.scheme), "bf16").values())

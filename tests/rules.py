@@ -30,6 +30,8 @@ _ROUNDING = {
 }
 # Bounds of what is learned, not of codes.
 _BOUNDS = {("tune/signround.py", "clamp_")}
+# transformers' table of loaders: what `import bitlathe.hf` is for, and its decorator cannot replace one.
+_FOREIGN = {("hf.py", "AUTO_QUANTIZER_MAPPING")}
 _CODES = ("int8", "uint8", "int4", "uint4", "float8", "float4", "int16", "uint16")
 _MUTABLE = {"dict", "list", "set", "defaultdict", "deque", "Counter", "OrderedDict", "bytearray"}
 _MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear", "remove", "discard"}
@@ -147,6 +149,8 @@ def state(path: PurePosixPath, tree: ast.Module) -> Iterator[Finding]:
                 yield function.lineno, f"{function.name} keeps a cache, which is state of the module"
     for node, target in _assignments(tree):
         if isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name) and target.value.id.isupper():
+            if (str(path), target.value.id) in _FOREIGN:
+                continue
             yield node.lineno, f"changes the registry {target.value.id}"
     for call in _calls(tree):
         of = call.func.value if isinstance(call.func, ast.Attribute) and call.func.attr in _MUTATORS else None

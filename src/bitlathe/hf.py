@@ -160,7 +160,7 @@ def _turn_input(_module: nn.Module, inputs: tuple[Tensor, ...], *, rotation: Rot
     return (turn(inputs[0], rotation), *inputs[1:])
 
 
-# transformers' own decorator adds methods and refuses to replace one.
+# The table that transformers looks loaders up in: its own decorator adds methods and refuses to replace one.
 AUTO_QUANTIZER_MAPPING[CT_METHOD] = TurningQuantizer
 
 

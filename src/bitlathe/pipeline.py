@@ -164,7 +164,7 @@ def _tune(ready: Prepared, step: Step, schemes: Mapping[str, Any], listen: Liste
         return Tuned({})
     # Logits are too wide to descend on: the head is rounded to nearest, on the range its inputs ask for.
     at_head = step.block.index == ready.skeleton.depth
-    tuner = Rtn(searched=step.inputs is not None, batch_size=ready.recipe.batch_size) if at_head else ready.tuner
+    tuner = Rtn(searched=ready.tuner.streams > 0, batch_size=ready.recipe.batch_size) if at_head else ready.tuner
 
     def on_step(done: int, steps: int, loss: float) -> None:
         listen(Progress(step.block.index, ready.skeleton.depth, done, steps, loss))

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bitlathe.arch import Arch, Linear
 from bitlathe.errors import PlanError
 from bitlathe.numerics.rotation import Rotation, fits, largest_block
-from bitlathe.numerics.scheme import GRIDS, SCHEMES, Scheme, name_of, preset_named
+from bitlathe.numerics.scheme import GRIDS, PRESETS, Scheme, name_of, preset_named
 
 KEEP = "keep"
 
@@ -190,21 +190,30 @@ def _settled(rotation: Rotation, widths: tuple[int, ...]) -> Rotation:
 
 
 def _refuse_ragged(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:
-    scheme = next((scheme for name, scheme in plan.quantized.items() if not scheme.fits(shapes[name])), None)
-    if scheme is None:
+    unfit = {name: row for name, row in plan.linears.items() if not _fits(row, shapes[name])}
+    if not unfit:
         return
-    ragged = [name for name, other in plan.quantized.items() if other == scheme and not scheme.fits(shapes[name])]
+    row = next(iter(unfit.values()))
+    assert row.weight is not None
+    ragged = [name for name, other in unfit.items() if other == row]
     shown = ", ".join(f"{name} ({shapes[name][1]} inputs)" for name in ragged[:4])
     more = f" and {len(ragged) - 4} more" if len(ragged) > 4 else ""
+    served = {name: LayerPlan(**dict(preset.served_in(plan.dtype))) for name, preset in PRESETS.items()}
     fitting = [
         name
-        for name, other in SCHEMES.items()
-        if (other.grid, other.asymmetric) == (scheme.grid, scheme.asymmetric)
-        and all(other.fits(shapes[linear]) for linear in ragged)
+        for name, other in served.items()
+        if other.weight is not None
+        and (other.weight.grid, other.weight.asymmetric, other.input) == (row.weight.grid, row.weight.asymmetric, row.input)
+        and all(_fits(other, shapes[linear]) for linear in ragged)
     ]
     instead = f"Of its kind these fit: {', '.join(fitting)}" if fitting else "No scheme of its kind fits"
     raise PlanError(
-        f"{name_of(scheme)} puts {scheme.block[1]} inputs under one scale, which does not divide the inputs of {shown}{more}. "
-        f"{instead}. Choose {'one of them' if fitting else 'one of another kind'} for these linears with an override, or keep "
-        "them in 16 bits"
+        f"{name_of(row.weight, row.input)} puts {row.weight.block[1]} inputs under one scale, which does not divide the inputs "
+        f"of {shown}{more}. {instead}. Choose {'one of them' if fitting else 'one of another kind'} for these linears with an "
+        "override, or keep them in 16 bits"
     )
+
+
+def _fits(row: LayerPlan, shape: tuple[int, int]) -> bool:
+    """Whether the blocks of weight and input divide the inputs of a linear of `shape`."""
+    return all(scheme is None or scheme.fits(shape) for scheme in (row.weight, row.input))

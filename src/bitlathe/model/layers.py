@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitlathe.numerics.activation import StaticScale, fake_quantize_input
-from bitlathe.numerics.hadamard import turn
+from bitlathe.numerics.hadamard import Turner, turner
 from bitlathe.numerics.project import Learned, QuantTensor, dequantize, fake_quantize
 from bitlathe.numerics.scheme import Scheme
 from bitlathe.plan import LayerPlan
@@ -23,11 +23,14 @@ class Stage(nn.Module):
         super().__init__()
         self.rotation, self.scheme, self.clip = row.online, row.input if quantized else None, row.clip
         self.fixed = fixed
+        self._turner: Turner | None = None  # made for the first input, and again where the model moves
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs], in x's dtype."""
         if self.rotation is not None:
-            x = turn(x, self.rotation)
+            if self._turner is None or not self._turner.serves(x):
+                self._turner = turner(self.rotation, x.shape[-1], like=x)
+            x = self._turner.turn(x)
         return x if self.scheme is None else fake_quantize_input(x, self.scheme, clip=self.clip, fixed=self.fixed)
 
 

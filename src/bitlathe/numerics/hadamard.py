@@ -113,6 +113,10 @@ class Turner:
         """x R^T."""
         return self.inverse().turn(x)
 
+    def serves(self, x: Tensor) -> bool:
+        """Whether it was made for tensors like x."""
+        return x.device == self.matrices[0].device and _arithmetic(x.dtype) == self.matrices[0].dtype
+
     def inverse(self) -> Turner:
         """The turner by R^T."""
         transposed = tuple(matrix.T.contiguous() for matrix in self.matrices)

@@ -41,7 +41,7 @@ class Rtn:
         peaks = block.peaks(schemes)
         weights = {name: block.weight(name) for name in schemes}
         plain = {name: QuantLayer(quantize(weights[name], scheme, peak=peaks[name])) for name, scheme in schemes.items()}
-        if inputs is None:
+        if inputs is None or not self.searched:
             return Tuned(plain)
         moments = _moments(block, inputs, schemes, batch_size=self.batch_size)
         batches = inputs.batches(self.batch_size, first=_PROBE)

@@ -28,11 +28,11 @@ def errors_of(skeleton: Skeleton, weights: Weights, start: Start, plans: Sequenc
     totals, count = torch.zeros(len(plans), dtype=torch.float64), 0
     for step in walk(skeleton, weights, start, batch_size=batch_size):
         assert step.inputs is not None
-        seen = _read_once(step.block, skeleton, plans[0])
-        errors = _Errors(skeleton, plans)
-        with torch.no_grad(), step.block.watch(seen, errors.see):
+        block, errors = step.block, _Errors(skeleton, plans)
+        with torch.no_grad(), block.watch(_read_once(block, skeleton, plans[0]), errors.see):
             for batch in step.inputs.batches(batch_size):
-                step.block(step.inputs[batch])
+                block(step.inputs[batch])
+        del block
         for lost, all_of_it in errors.sums.values():
             totals += lost / all_of_it
             count += 1
