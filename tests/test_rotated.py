@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import subprocess
@@ -23,7 +22,6 @@ import bitlathe
 import bitlathe.hf
 from bitlathe.errors import FormatError, PlanError
 from bitlathe.io.checkpoint import Checkpoint
-from bitlathe.model.buffers import materialise_buffers
 from bitlathe.model.fold import edits_of
 from bitlathe.model.hidden import Budget
 from bitlathe.model.skeleton import Skeleton
@@ -36,6 +34,7 @@ from bitlathe.prepare import prepare
 from bitlathe.recipe import merge
 from bitlathe.report import BlockReport, Note, inspect, read_report
 from families import FAMILIES, VOCABULARY, save_model, write_text
+from frozen import Frozen
 from test_pipeline import KILLED, content, listen_to
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,31 +55,6 @@ W4A4: dict[str, Any] = {
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     return write_text(tmp_path / "text.txt", 400)
-
-
-class Frozen:
-    """Takes the blocks of a run as they are frozen, and makes the whole model of them at the end."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.blocks: list[Any] = []
-        monkeypatch.setattr("bitlathe.pipeline.walk", self._watched)
-
-    def _watched(self, skeleton: Any, weights: Weights, *args: Any, **kwargs: Any) -> Any:
-        self.skeleton, self.weights = skeleton, weights
-        for step in walk(skeleton, weights, *args, **kwargs):
-            self.blocks.append(step.block)
-            yield step
-
-    def model(self) -> PreTrainedModel:
-        model, arch = copy.deepcopy(self.skeleton.model), self.skeleton.arch
-        for block in self.blocks:
-            parent, _, child = block.name.rpartition(".")
-            model.get_submodule(parent).register_module(child, block.module)
-        names = [name for part in (arch.embed, arch.norm, arch.head) for name in self.skeleton.parameters_of(part)]
-        model.load_state_dict(self.weights.read(names), strict=False, assign=True)
-        materialise_buffers(model, [model], torch.device("cpu"))
-        model.tie_weights()
-        return model
 
 
 @torch.no_grad()
