@@ -2,6 +2,9 @@
 
 quality: KL and perplexity of every tuner at 4, 3 and 2 bits. overhead: the tuning loop against the passes it consists of.
 depth: peak memory of two models that differ in depth alone. startup: how soon the package and its help answer.
+rotation-w4a4, rotation-fp4: KL of quantized weights and activations with and without rotation, tuned and not; with "-outliers"
+after the name the same on the model with outliers added. rotation-float: how far rotations alone move float logits.
+rotation-cost: forward passes with a rotation online against the same without.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import platform
 import torch
 import transformers
 
-from benchmarks import depth, overhead, quality, startup
+from benchmarks import depth, overhead, quality, rotation, startup
 from bitlathe.version import VERSION
 
 TABLES = {
@@ -20,7 +23,17 @@ TABLES = {
     "overhead": lambda a: overhead.table(a.model, a.calib, device=a.device),
     "depth": lambda a: depth.table(),
     "startup": lambda a: startup.table(),
+    "rotation-float": lambda a: rotation.unmoved(a.model, device=a.device),
+    "rotation-cost": lambda a: rotation.cost(a.model, device=a.device),
+    "rotation-w4a4": lambda a: rotation.accuracy(_source(a), ("W4A4",), rotation.WHOLE),
+    "rotation-w4a4-outliers": lambda a: rotation.with_outliers(_source(a), ("W4A4",), rotation.WHOLE),
+    "rotation-fp4": lambda a: rotation.accuracy(_source(a), ("MXFP4", "NVFP4"), rotation.BLOCKS),
+    "rotation-fp4-outliers": lambda a: rotation.with_outliers(_source(a), ("MXFP4", "NVFP4"), rotation.BLOCKS),
 }
+
+
+def _source(given: argparse.Namespace) -> rotation.Source:
+    return rotation.Source(given.model, given.calib, given.text, given.device)
 
 
 def main() -> None:
