@@ -49,9 +49,11 @@ class Weights:
         read = {}
         for name, stored in plain.items():
             tensor, edit = found[stored].to(self.device), self.edits.get(name)
-            if edit is not None:
-                tensor = edit(tensor, None if edit.gain is None else found[edit.gain].to(self.device))
-            read[name] = tensor.to(self.dtype)
+            if edit is None:
+                read[name] = tensor.to(self.dtype)
+            else:
+                gain = None if edit.gain is None else found[edit.gain].to(self.device)
+                read[name] = edit(tensor, gain, dtype=self.dtype)
         for name, linear in coded.items():
             layer = self.layer(linear)
             read[name] = dequantize(layer.weight, DTYPES[self._plan.dtype]).to(self.device, self.dtype)
