@@ -122,11 +122,6 @@ class Turner:
         transposed = tuple(matrix.T.contiguous() for matrix in self.matrices)
         return replace(self, matrices=transposed, before=self.after, after=self.before)
 
-    def to(self, device: torch.device | str) -> Turner:
-        """The same on another device."""
-        before, after = (None if s is None else s.to(device) for s in (self.before, self.after))
-        return replace(self, matrices=tuple(matrix.to(device) for matrix in self.matrices), before=before, after=after)
-
 
 @torch.compiler.disable()
 def turner(rotation: Rotation, width: int, *, like: Tensor) -> Turner:
