@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bitlathe
 import bitlathe.hf
-from bitlathe.errors import FormatError, PlanError
+from bitlathe.errors import CheckpointError, FormatError, PlanError, ResumeError
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.fold import edits_of
 from bitlathe.model.hidden import Budget
@@ -35,7 +35,7 @@ from bitlathe.recipe import merge
 from bitlathe.report import BlockReport, Note, inspect, read_report
 from families import FAMILIES, VOCABULARY, save_model, write_text
 from frozen import Frozen
-from test_pipeline import KILLED, content, listen_to
+from test_pipeline import KILLED, content, interrupt_after, listen_to
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -195,7 +195,7 @@ def test_trials_keep_the_signs_with_the_least_error(tmp_path: Path, text: Path) 
     save_model(tmp_path / "m")
     asked = {"model": str(tmp_path / "m"), "calib": str(text)} | W4A4 | {"tuner": "rtn", "rotation_seed": 5}
     notes = listen_to(merge(asked | {"out": tmp_path / "q", "rotation_trials": 6}), Note)
-    told = next(note.text for note in notes if "draws of random signs" in note.text)
+    told = next(note.text for note in notes if "is kept" in note.text)
     plan = read_report(tmp_path / "q")["plan"]
     seed = plan["rotations"][0]["seed"]
     assert f"of seed {seed} is kept" in told and 5 <= seed < 11
@@ -204,6 +204,84 @@ def test_trials_keep_the_signs_with_the_least_error(tmp_path: Path, text: Path) 
     shards = [sorted((tmp_path / name).glob("*.safetensors")) for name in ("q", "again")]
     assert shards[0] and [shard.read_bytes() for shard in shards[0]] == [shard.read_bytes() for shard in shards[1]]
     assert [rotation["seed"] for rotation in plan["rotations"][2:]] == [5, 5]
+
+
+DRAWN: dict[str, Any] = W4A4 | {"tuner": "rtn", "kv": None, "rotate": "R1,R2", "rotation_trials": 3}
+
+
+def no_second_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*_: Any, **__: Any) -> list[float]:
+        raise AssertionError("the draws were compared")
+
+    monkeypatch.setattr("bitlathe.pipeline.errors_of", measured)
+
+
+def test_draws_are_compared_once_in_a_run(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is continued keeps what it has drawn, whatever it would draw now; so does a result that is there already."""
+    save_model(tmp_path / "m", num_hidden_layers=3)
+    recipe = {"model": str(tmp_path / "m"), "calib": str(text), **DRAWN}
+    # The last draw wins, which is not the plan that the recipe alone gives.
+    monkeypatch.setattr("bitlathe.pipeline.errors_of", lambda *_, **__: [0.3, 0.2, 0.1])
+    run(merge(recipe | {"out": tmp_path / "whole"}), restart=False, listen=lambda event: None)
+    interrupt_after(1, recipe | {"out": tmp_path / "q"})
+    no_second_draw(monkeypatch)
+    plan = run(merge(recipe | {"out": tmp_path / "q"}), restart=False, listen=lambda event: None)
+    assert [rotation.seed for rotation in plan.rotations] == [2, 2]
+    assert content(tmp_path / "q") == content(tmp_path / "whole")
+    report = read_report(tmp_path / "q")
+    assert any("the one of seed 2 is kept" in note for note in report["notes"])
+    assert [rotation["seed"] for rotation in report["plan"]["rotations"]] == [2, 2]
+
+    def read(*_: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    assert run(merge(recipe | {"out": tmp_path / "q"}), restart=False, listen=lambda event: None) == plan
+
+
+@pytest.mark.parametrize("change", [{"rotation_trials": 2}, {"rotation_seed": 1}, {"rotate": "R1"}, {"rotation_block": 16}])
+def test_another_recipe_in_the_folder_is_noticed_before_draws_are_compared(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    save_model(tmp_path / "m")
+    recipe = {"model": str(tmp_path / "m"), "calib": str(text), "out": tmp_path / "q", **DRAWN}
+    monkeypatch.setattr("bitlathe.pipeline.errors_of", lambda *_, **__: [0.1, 0.2, 0.3])
+    interrupt_after(1, recipe)
+    no_second_draw(monkeypatch)
+    with pytest.raises(ResumeError, match=rf"recipe\.{next(iter(change))}"):
+        run(merge(recipe | change), restart=False, listen=lambda event: None)
+
+
+def test_comparing_draws_is_told_and_stays_in_the_run_s_own_folder(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path / "m", tie_word_embeddings=True)
+    folders: list[Path] = []
+
+    def budget(limit: int, folder: Path) -> Budget:
+        folders.append(folder)
+        return Budget(limit, folder)
+
+    monkeypatch.setattr("bitlathe.pipeline.Budget", budget)
+    recipe = {"model": str(tmp_path / "m"), "calib": str(text), "out": tmp_path / "q", **DRAWN}
+    told = [note.text for note in listen_to(merge(recipe | {"memory": {"activations": 1}}), Note)]
+    # What is known beforehand comes before the work.
+    order = ["share one weight", "comparing 3 draws of random signs on 6 windows", "is kept: rounding the activations loses"]
+    assert [next(i for i, text in enumerate(told) if words in text) for words in order] == sorted(
+        i for i, text in enumerate(told) if any(words in text for words in order)
+    )
+    assert folders == [tmp_path / "q" / ".bitlathe" / "work"] * 2
+
+
+def test_damaged_embeddings_are_named_before_draws_are_compared(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(tmp_path / "m")
+    model.get_input_embeddings().weight.data[5, 3] = float("nan")
+    model.save_pretrained(tmp_path / "m")
+    no_second_draw(monkeypatch)
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has infinite or NaN values"):
+        bitlathe.quantize(str(tmp_path / "m"), out=tmp_path / "q", calib=str(text), **DRAWN)
 
 
 READ = """

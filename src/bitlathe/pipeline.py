@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,13 +26,15 @@ from bitlathe.recipe import Recipe, merge
 from bitlathe.registry import resolve as named
 from bitlathe.report import BlockReport, Listener, Note, peak_memory
 from bitlathe.report import Step as Progress
-from bitlathe.result import finish
+from bitlathe.result import finish, plan_of_finished
 from bitlathe.tune.base import Tuned
 from bitlathe.tune.rtn import Rtn
 from bitlathe.tune.signs import errors_of
 
 # Windows of the calibration text on which draws of random signs are compared.
 _DRAWN_ON = 8
+# What the run notes of the draw that it keeps.
+_SIGNS = "signs"
 
 
 def quantize(
@@ -55,8 +56,6 @@ def run(recipe: Recipe, *, restart: bool, listen: Listener) -> Plan:
     """Carry out a recipe."""
     began = time.perf_counter()
     ready = prepare(recipe)
-    if recipe.rotation_trials > 1:
-        ready = _best_signs(ready)
     for note in ready.notes:
         listen(Note(note))
     depth = ready.skeleton.depth
@@ -70,10 +69,11 @@ def run(recipe: Recipe, *, restart: bool, listen: Listener) -> Plan:
     ) as writer:
         if writer.finished:
             listen(Note(f"{recipe.out} already holds this very result: nothing was done"))
-            return ready.plan
+            return plan_of_finished(ready)
         # As if the run had never been interrupted: what is told of time counts the runs before this one.
         began -= max((record["elapsed"] for record in writer.done.values()), default=0.0)
         try:
+            ready = _with_signs(ready, writer, listen)
             _every_turn(ready, writer, listen, began=began)
         except CheckpointError as error:
             raise CheckpointError(
@@ -84,20 +84,35 @@ def run(recipe: Recipe, *, restart: bool, listen: Listener) -> Plan:
     return ready.plan
 
 
-def _best_signs(ready: Prepared) -> Prepared:
-    """Of the draws of random signs that the recipe asks for, the one with the least error of the activations."""
-    plans = [ready.plan.reseeded(draw) for draw in range(ready.recipe.rotation_trials)]
+def _with_signs(ready: Prepared, writer: Writer, listen: Listener) -> Prepared:
+    """The same with the random signs that are kept, of the draws that the recipe asks for.
+
+    They are chosen once in a run and then written down: two draws may be so near to each other that a run which is continued,
+    on other threads say, would choose the other one.
+    """
+    if ready.recipe.rotation_trials == 1:
+        return ready
+    if _SIGNS not in writer.decided:
+        writer.decide(_SIGNS, _best_signs(ready, writer, listen))
+    draw, told = writer.decided[_SIGNS]["draw"], writer.decided[_SIGNS]["told"]
+    listen(Note(told))
+    return replace(ready.planned(ready.plan.reseeded(draw)), notes=(*ready.notes, told))
+
+
+def _best_signs(ready: Prepared, writer: Writer, listen: Listener) -> dict[str, Any]:
+    """Of the draws of random signs, the one with the least error of the activations, and what is told of it."""
     assert ready.tokens is not None
-    with tempfile.TemporaryDirectory(prefix="bitlathe-") as folder:
-        budget = Budget(ready.recipe.memory.activations, Path(folder))
-        start = begin(ready.skeleton, ready.weights, ready.tokens[:_DRAWN_ON], budget, streams=1)
-        errors = errors_of(ready.skeleton, ready.weights, start, plans, batch_size=ready.recipe.batch_size)
+    plans = [ready.plan.reseeded(draw) for draw in range(ready.recipe.rotation_trials)]
+    tokens = ready.tokens[:_DRAWN_ON]
+    listen(Note(f"comparing {len(plans)} draws of random signs on {len(tokens)} windows of the calibration text"))
+    start = _begin(ready, writer, tokens, streams=1)
+    errors = errors_of(ready.skeleton, ready.weights, start, plans, batch_size=ready.recipe.batch_size)
     best = min(range(len(plans)), key=errors.__getitem__)
     told = (
         f"of {len(plans)} draws of random signs the one of seed {ready.recipe.rotation_seed + best} is kept: rounding the "
         f"activations loses {errors[best]:.3%} of their squares, and {max(errors):.3%} with the worst"
     )
-    return replace(ready.planned(plans[best]), notes=(*ready.notes, told))
+    return {"draw": best, "told": told}
 
 
 def _every_turn(ready: Prepared, writer: Writer, listen: Listener, *, began: float) -> None:
@@ -111,9 +126,13 @@ def _every_turn(ready: Prepared, writer: Writer, listen: Listener, *, began: flo
 def _start(ready: Prepared, writer: Writer) -> Start:
     if ready.tokens is None or not ready.text_streams:
         return Start([], ())
+    return _begin(ready, writer, ready.tokens, streams=ready.text_streams)
+
+
+def _begin(ready: Prepared, writer: Writer, tokens: Tensor, *, streams: int) -> Start:
     _finite(ready.weights.read(ready.skeleton.parameters_of(ready.skeleton.arch.embed)), ready.plan.dtype)
     budget = Budget(ready.recipe.memory.activations, writer.work)
-    return begin(ready.skeleton, ready.weights, ready.tokens, budget, streams=ready.text_streams)
+    return begin(ready.skeleton, ready.weights, tokens, budget, streams=streams)
 
 
 def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener, *, began: float) -> BlockReport:

@@ -9,8 +9,9 @@ from typing import Any
 from bitlathe.formats.base import Format
 from bitlathe.io.checkpoint import CONFIG
 from bitlathe.io.writer import REPORT, TOOL, Writer
+from bitlathe.plan import Plan
 from bitlathe.prepare import CODES, Prepared
-from bitlathe.report import CARD, as_json, card, sizes_of
+from bitlathe.report import CARD, as_json, card, read_report, sizes_of
 from bitlathe.version import VERSION
 
 # The names of dtypes in config.json.
@@ -20,12 +21,20 @@ _VERSIONS = ("torch", "transformers", "safetensors", "compressed-tensors")
 
 def finish(ready: Prepared, writer: Writer, *, seconds: float) -> None:
     """Give every format its files and move everything to its place."""
-    single = len(ready.formats) == 1
     results: dict[str, tuple[Path | None, dict[str, bytes]]] = {CODES: (None, {})}
     for name, format in ready.formats.items():
-        folder = ready.recipe.out if single else ready.recipe.out / name
-        results[name] = (folder, _files(ready, writer, name, format, seconds=seconds))
+        results[name] = (_folder(ready, name), _files(ready, writer, name, format, seconds=seconds))
     writer.finish(results)
+
+
+def plan_of_finished(ready: Prepared) -> Plan:
+    """The plan of the result that is there already: with the signs that its run chose, where the recipe has some drawn."""
+    return Plan(**read_report(_folder(ready, next(iter(ready.formats))))["plan"])
+
+
+def _folder(ready: Prepared, name: str) -> Path:
+    """Where the result in a format lies."""
+    return ready.recipe.out if len(ready.formats) == 1 else ready.recipe.out / name
 
 
 def _calibration(ready: Prepared) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
     OUT/progress.jsonl             the records of the finished shards, a line each, for people and programs that watch
     OUT/.bitlathe/lock             held by the run that writes here; the system frees it when the process dies
     OUT/.bitlathe/fingerprint      what this run is: a run of another recipe, model, text or version must not continue it
+    OUT/.bitlathe/decided.json     what the run chose for itself and must not choose anew when it is continued
     OUT/.bitlathe/journal.jsonl    one line for each finished shard, appended after the shard's files are safe on disk
     OUT/.bitlathe/STREAM/          the finished shards of one output, such as a format
     OUT/.bitlathe/finish.json      written when all shards are done: which stream goes where, and the names of its files
@@ -59,7 +60,8 @@ class Writer:
     run from the beginning, has too little room (then nothing in it has been changed), and ResumeError when it holds a run with
     another fingerprint. Afterwards:
 
-    done: the records of the finished shards. finished: the result is already there and whole; nothing is left to do.
+    done: the records of the finished shards. decided: what `decide` was given, by this run or by the one that it continues.
+    finished: the result is already there and whole; nothing is left to do.
     work: a folder for temporary files, which goes when the run ends.
     """
 
@@ -78,6 +80,7 @@ class Writer:
         self.shards = shards
         self.fingerprint = dict(fingerprint)
         self.done: dict[int, dict[str, Any]] = {}
+        self.decided: dict[str, Any] = {}
         self.finished = False
         self.work = self.out / STATE / "work"
         self._state = self.out / STATE
@@ -132,6 +135,15 @@ class Writer:
             with (self.out / PROGRESS).open("ab") as progress:
                 progress.write(_line(record))
         self.done |= _records(line)
+
+    def decide(self, name: str, choice: Any) -> None:
+        """Make a choice of the run, as JSON, safe on disk: whoever continues the run finds it in `decided`.
+
+        For what is chosen by measuring, where another machine, or another number of threads, might choose otherwise.
+        """
+        self.decided[name] = choice
+        with self._disk():
+            self._write(self._state / "decided.json", _json(self.decided))
 
     def read(self, stream: str, index: int) -> dict[str, Tensor]:
         """The tensors of a finished shard."""
@@ -253,6 +265,8 @@ class Writer:
             self._moved = {stream: self.out / row["folder"] for stream, row in plan.items()}
         for leftover in self._state.rglob("*.tmp"):
             leftover.unlink()
+        if (self._state / "decided.json").exists():
+            self.decided = json.loads((self._state / "decided.json").read_bytes())
         there = {i: all(self._file(stream, i).exists() for stream in self.streams) for i in records}
         self.done = {i: record for i, record in sorted(records.items()) if there[i]}
 
