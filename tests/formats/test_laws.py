@@ -53,6 +53,8 @@ def codes_come_back(format: Format, row: LayerPlan, dtype: Dtype) -> None:
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     decoded = format.decode(tensors, row, (ROWS, COLUMNS))
     assert (facts(decoded.weight), facts(decoded.input)) == (facts(layer.weight), facts(layer.input))
+    inputs = {name: tensor for name, tensor in tensors.items() if name.startswith("input_")}
+    assert facts(format.decode_input(inputs, row)) == facts(layer.input)
 
 
 @pytest.mark.parametrize(("name", "scheme", "dtype"), CASES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
-from bitlathe import load
+from bitlathe import load, quantize
 from bitlathe.errors import CheckpointError, RecipeError
 from bitlathe.formats.base import Format
 from bitlathe.formats.compressed_tensors import CompressedTensors
@@ -28,6 +29,7 @@ from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.layers import QuantLinear
 from bitlathe.model.source import open_model
 from bitlathe.numerics.scheme import SCHEMES
+from families import save_model, write_text
 from quantized_folder import DTYPES, LLAMA, TOKENS, make, plan_for, random_model
 
 FORMATS: dict[str, Format] = {"native": Native(), "compressed-tensors": CompressedTensors(), "dense": Dense()}
@@ -128,3 +130,31 @@ def test_weights_name_the_linear_they_cannot_decode(tmp_path: Path) -> None:
     for reading in (lambda: weights.layer(name), lambda: weights.read([f"{name}.weight"]), lambda: load(tmp_path, "cpu")):
         with pytest.raises(CheckpointError, match=expected):
             reading()
+
+
+@pytest.mark.parametrize("scheme", ["W8A8_STATIC", "NVFP4"])
+@pytest.mark.parametrize("format", ["native", "compressed-tensors"])
+def test_a_static_scale_is_read_without_its_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, format: Literal["native", "compressed-tensors"]
+) -> None:
+    save_model(tmp_path / "m")
+    text = str(write_text(tmp_path / "text.txt", 100))
+    asked = {"scheme": scheme, "tuner": "rtn", "samples": 4, "seqlen": 16, "calib": text, "formats": (format,)}
+    quantize(str(tmp_path / "m"), out=tmp_path / "q", **asked)
+    _, weights = open_model(Checkpoint(tmp_path / "q"), device=torch.device("cpu"))
+    name = "model.layers.1.mlp.down_proj"
+    decoded = weights.layer(name).input
+    assert decoded is not None
+    read: list[str] = []
+    original = Checkpoint.read
+
+    def watched(self: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        read.extend(names := list(names))
+        return original(self, names)
+
+    monkeypatch.setattr(Checkpoint, "read", watched)
+    alone = weights.static_scale(name)
+    assert alone is not None and torch.equal(alone.scale, decoded.scale)
+    assert read and all(tensor.startswith(f"{name}.input_") for tensor in read)
+    read.clear()
+    assert weights.static_scale("lm_head") is None and not read

@@ -47,6 +47,10 @@ class Format(Protocol):
         """The inverse of `encode`, bit for bit. row: of the plan, with a weight scheme; shape: (outputs, inputs)."""
         ...
 
+    def decode_input(self, tensors: Mapping[str, Tensor], row: LayerPlan) -> StaticScale | None:
+        """What `decode` gives as `input`, of the tensors alone whose names begin with "input_"."""
+        ...
+
     def config(self, plan: Plan) -> dict[str, Any] | None:
         """What config.json holds under "quantization_config"; None for a format that is an ordinary checkpoint."""
         ...

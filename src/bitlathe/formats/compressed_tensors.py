@@ -31,6 +31,7 @@ from bitlathe.formats.ct_rotations import online_of, reason_against, transforms_
 from bitlathe.formats.ct_schemes import FIXED, PACKED, dtype_of, input_arguments, layout_of, row_of, weight_arguments
 from bitlathe.formats.ct_tensors import WORD, decode_input, decode_weight, encode_input, encode_weight, same
 from bitlathe.formats.stored import refuse_split_groups, some
+from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.scheme import GRIDS, described, name_of, static
 from bitlathe.plan import LayerPlan, Plan
 
@@ -70,7 +71,11 @@ class CompressedTensors:
 
     def decode(self, tensors: Mapping[str, Tensor], row: LayerPlan, shape: tuple[int, int]) -> QuantLayer:
         """The inverse of `encode`. Raises CheckpointError for tensors that are not of this row and shape."""
-        return QuantLayer(decode_weight(tensors, row, shape), decode_input(tensors, row.input))
+        return QuantLayer(decode_weight(tensors, row, shape), self.decode_input(tensors, row))
+
+    def decode_input(self, tensors: Mapping[str, Tensor], row: LayerPlan) -> StaticScale | None:
+        """The static scale of a row's activations, None for a row without. Raises CheckpointError like `decode`."""
+        return decode_input(tensors, row.input)
 
     def config(self, plan: Plan) -> dict[str, Any]:
         """A group for each scheme: of all linears when there is one, of full names when there are more."""

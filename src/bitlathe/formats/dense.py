@@ -54,6 +54,9 @@ class Dense:
             "again with --format native, from which every other format can be made"
         )
 
+    def decode_input(self, tensors: Mapping[str, Tensor], row: LayerPlan) -> None:
+        """None: `check` refuses quantized activations."""
+
     def config(self, plan: Plan) -> None:
         """None: to its readers the model is not quantized."""
 

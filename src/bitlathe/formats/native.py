@@ -108,13 +108,16 @@ class Native:
     def decode(self, tensors: Mapping[str, Tensor], row: LayerPlan, shape: tuple[int, int]) -> QuantLayer:
         """The inverse of `encode`. Raises CheckpointError for tensors that are not of this row and shape."""
         assert row.weight is not None
-        weight = _decode(tensors, "weight", row.weight, shape)
+        return QuantLayer(_decode(tensors, "weight", row.weight, shape), self.decode_input(tensors, row))
+
+    def decode_input(self, tensors: Mapping[str, Tensor], row: LayerPlan) -> StaticScale | None:
+        """The static scale of a row's activations, None for a row without. Raises CheckpointError like `decode`."""
         if row.input is None or not static(row.input):
-            return QuantLayer(weight)
+            return None
         held, word = _static_word(row)
         scale = take(tensors, "input_scale", word, (1,)).view(held)
         zero = take(tensors, "input_zero", torch.uint8, (1,)).view(torch.int8) if row.input.asymmetric else None
-        return QuantLayer(weight, StaticScale(scale, zero))
+        return StaticScale(scale, zero)
 
     def config(self, plan: Plan) -> dict[str, Any]:
         """The plan, each different row once."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -62,18 +63,33 @@ class Weights:
     def layer(self, linear: str) -> QuantLayer:
         """The codes of one quantized linear, decoded on `device`. Raises CheckpointError, with its name and the folder."""
         assert self.format is not None
-        prefix = f"{linear}."
-        names = [name for name in self.checkpoint.header if name.startswith(prefix) and name != f"{linear}.bias"]
-        read = self.checkpoint.read(names)
-        tensors = {name.removeprefix(prefix): tensor.to(self.device) for name, tensor in read.items()}
-        try:
+        tensors = self._tensors(linear, "")
+        with self._blamed(linear):
             return self.format.decode(tensors, self._plan.linears[linear], self.shapes[linear])
-        except BitlatheError as error:
-            raise CheckpointError(f"{self.checkpoint.path}, {linear}: {error}") from error
 
     def static_scale(self, linear: str) -> StaticScale | None:
-        """The static scale of a quantized linear's input; None where there is none."""
-        return self.layer(linear).input if static(self._plan.linears[linear].input) else None
+        """The static scale of a quantized linear's input, None where there is none. No weight is read. Raises as `layer`."""
+        assert self.format is not None
+        row = self._plan.linears[linear]
+        if not static(row.input):
+            return None
+        tensors = self._tensors(linear, "input_")
+        with self._blamed(linear):
+            return self.format.decode_input(tensors, row)
+
+    def _tensors(self, linear: str, start: str) -> dict[str, Tensor]:
+        """What the file holds of a linear but its bias, by names that begin with `start`."""
+        prefix = f"{linear}."
+        names = [name for name in self.checkpoint.header if name.startswith(prefix + start) and name != f"{linear}.bias"]
+        read = self.checkpoint.read(names)
+        return {name.removeprefix(prefix): tensor.to(self.device) for name, tensor in read.items()}
+
+    @contextmanager
+    def _blamed(self, linear: str) -> Iterator[None]:
+        try:
+            yield
+        except BitlatheError as error:
+            raise CheckpointError(f"{self.checkpoint.path}, {linear}: {error}") from error
 
     @property
     def _plan(self) -> Plan:
