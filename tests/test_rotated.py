@@ -164,6 +164,10 @@ def test_inspect_tells_what_online_rotations_cost(tmp_path: Path, text: Path) ->
     assert (found["R1"]["operations"], found["R1"]["bytes"]) == (0, 0)
 
 
+DOWN: dict[str, Any] = {"scheme": "W4A16G32", "overrides": {"*.down_proj": "W4A4"}}
+HEAD: dict[str, Any] = {"scheme": "W4A16G32", "overrides": {"lm_head": "W4A4"}}
+
+
 @pytest.mark.parametrize(
     ("asked", "error", "message"),
     [
@@ -175,6 +179,11 @@ def test_inspect_tells_what_online_rotations_cost(tmp_path: Path, text: Path) ->
         ({"scheme": "W4A16G32", "act_clip": 0.9}, PlanError, "--act-clip"),
         ({"scheme": "FP8_DYNAMIC", "act_asymmetric": True}, PlanError, "--act-asym"),
         ({"scheme": "W4A16G32", "rotation_trials": 3}, PlanError, "--rotation-trials"),
+        # The draws have nothing to do with what is rounded: R3 turns keys, and down_proj does not read what R1 turns.
+        ({"rotate": "R3:random", "rotation_trials": 3}, PlanError, "--rotation-trials"),
+        ({"rotate": "R1,R4:hadamard", **DOWN, "rotation_trials": 3}, PlanError, "--rotation-trials"),
+        # The head is not measured.
+        ({"rotate": "R1", **HEAD, "rotation_trials": 3}, PlanError, "--rotation-trials"),
     ],
 )
 def test_what_cannot_be_held_is_refused_before_a_weight_is_read(
@@ -282,6 +291,32 @@ def test_damaged_embeddings_are_named_before_draws_are_compared(
     no_second_draw(monkeypatch)
     with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has infinite or NaN values"):
         bitlathe.quantize(str(tmp_path / "m"), out=tmp_path / "q", calib=str(text), **DRAWN)
+
+
+def test_a_linear_that_reads_zeros_has_no_say_in_the_draw(tmp_path: Path, text: Path) -> None:
+    """Values of zero: what o_proj reads is nothing at all, whatever the signs."""
+    model = save_model(tmp_path / "m")
+    for name, weight in model.named_parameters():
+        if name.endswith("v_proj.weight"):
+            weight.data.zero_()
+    model.save_pretrained(tmp_path / "m")
+    asked = {"model": str(tmp_path / "m"), "calib": str(text), "out": tmp_path / "q"} | DRAWN
+    told = [note.text for note in listen_to(merge(asked), Note)][-1]
+    assert "is kept: rounding the activations loses" in told and "nan" not in told
+
+
+def test_draws_that_cannot_be_compared_are_not_said_to_have_been(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings of zero: every linear of the model reads zeros."""
+    model = save_model(tmp_path / "m")
+    model.get_input_embeddings().weight.data.zero_()
+    model.save_pretrained(tmp_path / "m")
+    asked = {"model": str(tmp_path / "m"), "calib": str(text), "out": tmp_path / "q"} | DRAWN | {"rotation_seed": 4}
+    told = [note.text for note in listen_to(merge(asked), Note)]
+    assert any("cannot be compared" in text and "of seed 4" in text for text in told)
+    assert not any("is kept" in text for text in told)
+    assert read_report(tmp_path / "q")["plan"]["rotations"][0]["seed"] == 4
 
 
 READ = """

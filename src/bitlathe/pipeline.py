@@ -107,6 +107,12 @@ def _best_signs(ready: Prepared, writer: Writer, listen: Listener) -> dict[str, 
     listen(Note(f"comparing {len(plans)} draws of random signs on {len(tokens)} windows of the calibration text"))
     start = _begin(ready, writer, tokens, streams=1)
     errors = errors_of(ready.skeleton, ready.weights, start, plans, batch_size=ready.recipe.batch_size)
+    if not all(map(isfinite, errors)):
+        told = (
+            f"the {len(plans)} draws of random signs cannot be compared: what the linears read on these windows is zero, "
+            f"infinite or NaN. The first one is taken, that of seed {ready.recipe.rotation_seed}"
+        )
+        return {"draw": 0, "told": told}
     best = min(range(len(plans)), key=errors.__getitem__)
     told = (
         f"of {len(plans)} draws of random signs the one of seed {ready.recipe.rotation_seed + best} is kept: rounding the "

@@ -31,6 +31,7 @@ from bitlathe.recipe import Recipe
 from bitlathe.registry import resolve as named
 from bitlathe.tune import TUNERS
 from bitlathe.tune.base import Tuner
+from bitlathe.tune.signs import drawn_for
 from bitlathe.version import VERSION
 
 # The stream of shards that a resumed run reads its finished blocks from, whatever formats are asked for.
@@ -139,12 +140,14 @@ def _planned(recipe: Recipe, skeleton: Skeleton, dtype: Literal["bf16", "fp16"])
     plan = with_inputs(plan, asymmetric=recipe.act_asymmetric, clip=recipe.act_clip)
     if recipe.kv is not None:
         plan = plan.model_copy(update={"kv": KV_SCHEMES[recipe.kv].served_in(dtype)})
-    if recipe.rotation_trials > 1 and not any(row.input for row in plan.linears.values()):
+    plan = rotated(plan, wanted, skeleton.arch, skeleton.rows, widths=skeleton.widths, tied=bool(skeleton.tied))
+    if recipe.rotation_trials > 1 and not drawn_for(skeleton, plan):
         raise PlanError(
-            "--rotation-trials keeps the rotation with the least error of the activations, and the schemes asked for keep the "
-            "activations as they are. Leave it out, or ask for a scheme such as W4A4"
+            "--rotation-trials keeps the random signs with the least error of the activations, and no linear of a block both "
+            "rounds its activations and reads what a random rotation turns. Leave it out, or ask for a scheme such as W4A4 "
+            "where R1, R2 or R4:random turns"
         )
-    return rotated(plan, wanted, skeleton.arch, skeleton.rows, widths=skeleton.widths, tied=bool(skeleton.tied)), reasons
+    return plan, reasons
 
 
 def notes_on(plan: Plan, arch: Arch, formats: Iterable[str]) -> tuple[str, ...]:
@@ -167,8 +170,8 @@ def notes_on(plan: Plan, arch: Arch, formats: Iterable[str]) -> tuple[str, ...]:
     if online and "compressed-tensors" in formats:
         notes.append(
             f"{len(online)} linears turn their inputs while they run. The compressed-tensors folder says so in its "
-            "transform_config, and transformers alone ignores it and would be silently wrong: load it with bitlathe.load, or with "
-            "`import bitlathe.hf` before AutoModelForCausalLM"
+            "transform_config, and transformers alone ignores it and would be silently wrong: load it with bitlathe.load, or "
+            "with `import bitlathe.hf` before AutoModelForCausalLM"
         )
     return tuple(notes)
 

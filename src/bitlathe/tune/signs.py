@@ -21,9 +21,10 @@ from bitlathe.plan import LayerPlan, Plan
 def errors_of(skeleton: Skeleton, weights: Weights, start: Start, plans: Sequence[Plan], *, batch_size: int) -> list[float]:
     """For each plan the error of rounding activations: over all linears, the mean of |x - rounded x|^2 / |x|^2.
 
-    weights: of an original, edited by the first plan; the others differ from that in the signs of their rotations only. start: a
-    few windows of text, one stream. The model runs once, unrounded, turned as the first plan says; what its linears read is
-    turned back, and then as each plan says.
+    weights: of an original, edited by the first plan; the others differ from that in the signs of their rotations only.
+    start: a few windows of text, one stream. The model runs once, unrounded, turned as the first plan says; what its linears
+    read is turned back, and then as each plan says. A linear that reads nothing but zeros counts for nothing; the errors are
+    NaN where no linear counts, or where a model's numbers are not finite.
     """
     totals, count = torch.zeros(len(plans), dtype=torch.float64), 0
     for step in walk(skeleton, weights, start, batch_size=batch_size):
@@ -34,18 +35,28 @@ def errors_of(skeleton: Skeleton, weights: Weights, start: Start, plans: Sequenc
                 block(step.inputs[batch])
         del block
         for lost, all_of_it in errors.sums.values():
-            totals += lost / all_of_it
-            count += 1
-    return (totals / max(count, 1)).tolist()
+            if all_of_it != 0:
+                totals += lost / all_of_it
+                count += 1
+    return (totals / count).tolist()
+
+
+def drawn_for(skeleton: Skeleton, plan: Plan) -> list[str]:
+    """The linears of blocks whose rounded inputs depend on the random signs of the plan's rotations."""
+    found = []
+    for name, row in plan.linears.items():
+        turned = _rotation(plan, skeleton, name)
+        if name != skeleton.arch.head and row.input is not None and turned is not None and turned.kind == "random":
+            found.append(name)
+    return found
 
 
 def _read_once(block: Block, skeleton: Skeleton, plan: Plan) -> dict[str, LayerPlan]:
     """The linears whose inputs are rounded and randomly turned; one of each group that reads the same."""
-    found = {}
+    found: dict[str, str] = {}
+    drawn = set(drawn_for(skeleton, plan))
     for name in block.linears:
-        row = plan.linears[name]
-        turned = _rotation(plan, skeleton, name)
-        if row.input is not None and turned is not None and turned.kind == "random":
+        if name in drawn:
             found.setdefault(block.fused.get(name, name), name)
     return {name: plan.linears[name] for name in found.values()}
 
