@@ -35,7 +35,6 @@ from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.block import attach_cache
 from bitlathe.model.layers import Stage
 from bitlathe.model.weights import DTYPES
-from bitlathe.numerics.hadamard import turn
 from bitlathe.numerics.project import dequantize
 from bitlathe.numerics.rotation import Rotation
 from bitlathe.numerics.scheme import name_of
@@ -152,12 +151,13 @@ class TurningQuantizer(CompressedTensorsHfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         super()._process_model_after_weight_loading(model, **kwargs)
         for name, rotation in self._online.items():
-            model.get_submodule(name).register_forward_pre_hook(partial(_turn_input, rotation=rotation))
+            stage = Stage(LayerPlan(online=rotation))
+            model.get_submodule(name).register_forward_pre_hook(partial(_turn_input, stage=stage))
         return model
 
 
-def _turn_input(_module: nn.Module, inputs: tuple[Tensor, ...], *, rotation: Rotation) -> tuple[Tensor, ...]:
-    return (turn(inputs[0], rotation), *inputs[1:])
+def _turn_input(_module: nn.Module, inputs: tuple[Tensor, ...], *, stage: Stage) -> tuple[Tensor, ...]:
+    return (stage(inputs[0]), *inputs[1:])
 
 
 # The table that transformers looks loaders up in: its own decorator adds methods and refuses to replace one.
