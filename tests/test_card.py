@@ -9,7 +9,7 @@ import yaml
 
 from bitlathe.numerics.rotation import Rotation
 from bitlathe.numerics.scheme import KV_SCHEMES, preset_named
-from bitlathe.plan import LayerPlan, Plan
+from bitlathe.plan import ROTATION_NAMES, LayerPlan, Plan
 from bitlathe.recipe import Recipe
 from bitlathe.report import card
 
@@ -19,8 +19,9 @@ R4 = Rotation(space="mid", block=128, kind="hadamard")
 WARNING = "> [!WARNING]"
 
 
-def written(format: str, plan: Plan) -> str:
-    """The card of a result of this plan."""
+def written(format: str, plan: Plan, *, online: tuple[str, ...] = ("R3", "R4")) -> str:
+    """The card of a result of this plan, of whose rotations these run online."""
+    rotations = [{"name": ROTATION_NAMES[rotation.space], **rotation.model_dump()} for rotation in plan.rotations]
     return card(
         {
             "version": "0",
@@ -28,6 +29,7 @@ def written(format: str, plan: Plan) -> str:
             "hub_model": None,
             "recipe": Recipe(model="some/model", out=Path("out"), scheme="W4A4").model_dump(mode="json"),
             "plan": plan.model_dump(mode="json"),
+            "rotations": [row | {"online": row["name"] in online} for row in rotations],
             "kept": {},
             "notes": [],
             "calibration": None,
@@ -90,7 +92,7 @@ def test_an_online_rotation_that_transformers_ignores_is_a_warning() -> None:
 
 
 def test_a_rotation_of_the_residual_stream_can_be_online() -> None:
-    text = written("compressed-tensors", planned("W4A4", online=R1, rotations=(R1,)))
+    text = written("compressed-tensors", planned("W4A4", online=R1, rotations=(R1,)), online=("R1",))
     assert "(R1)" in text.split(WARNING)[1].splitlines()[1]
     assert rows(text)["rotations"].startswith("R1 (online")
 

@@ -118,6 +118,8 @@ def test_spellings(field: str, typed: object, meant: object) -> None:
         ({"rotation_seed": 1}, ["'rotation_seed'", "nothing is rotated"]),
         ({"rotation_trials": 2}, ["'rotation_trials'", "nothing is rotated"]),
         ({"rotate": "R4", "rotation_trials": 2}, ["'rotation_trials'", "signs", "R4:random"]),
+        ({"rotate": "R1:hadamard,R4", "rotation_seed": 2}, ["'rotation_seed'", "signs", "R4:random"]),
+        ({"rotate": "R1", "rotation_block": 1}, ["'rotation_block'", "turn nothing", "32"]),
         ({"rotate": "R1", "rotation_block": 0}, ["'rotation_block'", "greater than 0"]),
         ({"rotate": "R1", "rotation_trials": 0}, ["'rotation_trials'", "greater than 0"]),
         ({"act_clip": 0}, ["'act_clip'", "greater than 0"]),

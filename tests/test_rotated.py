@@ -134,6 +134,9 @@ def test_transformers_alone_ignores_r4_and_we_say_so(tmp_path: Path, text: Path)
     torch.save(TOKENS, tmp_path / "said.pt")
     subprocess.run([sys.executable, "-c", alone, str(tmp_path / "q"), str(tmp_path / "said.pt")], check=True)
     assert not torch.equal(torch.load(tmp_path / "said.pt"), said(bitlathe.load(tmp_path / "q", "cpu"))[0])
+    # As if another program had written it.
+    (tmp_path / "q" / "report.json").unlink()
+    assert [(row["name"], row["online"], row["linears"]) for row in inspect(tmp_path / "q")["rotations"]] == [("R4", True, 2)]
 
 
 def test_folded_rotations_need_no_reader(tmp_path: Path, text: Path) -> None:
@@ -162,6 +165,11 @@ def test_inspect_tells_what_online_rotations_cost(tmp_path: Path, text: Path) ->
     # At least as many operations as a fast transform has, at most those of the whole matrix.
     assert 2 * 128 * 7 <= found["R4"]["operations"] <= 2 * 2 * 128 * 129
     assert (found["R1"]["operations"], found["R1"]["bytes"]) == (0, 0)
+    assert read_report(tmp_path / "q")["rotations"] == list(found.values())
+    card = (tmp_path / "q" / "README.md").read_text()
+    assert all(
+        f"{name} ({how}, " in card for name, how in {"R1": "folded", "R2": "folded", "R3": "online", "R4": "online"}.items()
+    )
 
 
 DOWN: dict[str, Any] = {"scheme": "W4A16G32", "overrides": {"*.down_proj": "W4A4"}}
@@ -175,6 +183,7 @@ HEAD: dict[str, Any] = {"scheme": "W4A16G32", "overrides": {"lm_head": "W4A4"}}
         ({"formats": "compressed-tensors", "rotate": "R4:random", "kv": None}, FormatError, "random"),
         ({"formats": "compressed-tensors"}, FormatError, "compressed-tensors"),
         ({"rotation_block": 48}, PlanError, "--rotation-block 64"),
+        ({"rotate": "R4", "overrides": {"*.down_proj": "keep"}}, PlanError, "nothing would be turned. Leave R4 out"),
         ({"scheme": "W4A16G32", "act_asymmetric": True}, PlanError, "--act-asym"),
         ({"scheme": "W4A16G32", "act_clip": 0.9}, PlanError, "--act-clip"),
         ({"scheme": "FP8_DYNAMIC", "act_asymmetric": True}, PlanError, "--act-asym"),

@@ -15,10 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bitlathe.arch import Arch, Linear
 from bitlathe.errors import PlanError
-from bitlathe.numerics.rotation import Rotation, fits, largest_block
+from bitlathe.numerics.rotation import Rotation, largest_block, largest_fit
 from bitlathe.numerics.scheme import GRIDS, PRESETS, Scheme, name_of, preset_named
 
 KEEP = "keep"
+
+# What users call a rotation of each space.
+ROTATION_NAMES: dict[str, str] = {"residual": "R1", "value": "R2", "qk": "R3", "mid": "R4"}
+# A block below it hardly spreads anything; none is taken unless it was asked for.
+_LEAST_BLOCK = 16
 
 
 class LayerPlan(BaseModel):
@@ -149,44 +154,52 @@ def rotated(
 ) -> Plan:
     """The plan with rotations of the model.
 
-    wanted: with block 0 for the default: the whole space, or before down_proj ("mid") the largest power of two in it. rows:
-    linear -> its row of `arch`. widths: space -> the sizes it has in the model, of one head for "value" and "qk". tied: whether
-    the output head shares its weight with the embeddings.
+    wanted: with block 0 for the default: the whole space, or before down_proj ("mid") the largest power of two in it, unless
+    that is small. rows: linear -> its row of `arch`. widths: space -> the sizes it has in the model, of one head for "value"
+    and "qk". tied: whether the output head shares its weight with the embeddings.
 
     A space that linears write is turned by folding. Where none does, the quantized linears that read it turn their inputs
-    while they run. Raises PlanError for a block that does not divide a space, and for a size without a Hadamard matrix.
+    while they run. Raises PlanError for a block that does not divide a space, for a size without a Hadamard matrix, and for a
+    rotation that would run in no linear.
     """
     linears, rotations, untied = dict(plan.linears), [], False
     for rotation in wanted:
-        settled = _settled(rotation, widths[rotation.space])
+        settled = _settled(rotation, gcd(*widths[rotation.space]))
         rotations.append(settled)
         if arch.folds(rotation.space):
             untied = untied or (tied and rotation.space == "residual")
         elif rotation.space != "qk":
-            for name in plan.quantized:
-                if rows[name].reads == rotation.space:
-                    linears[name] = linears[name].model_copy(update={"online": settled})
+            readers = [name for name in plan.quantized if rows[name].reads == rotation.space]
+            if not readers:
+                _refuse_idle(rotation, rows)
+            linears |= {name: linears[name].model_copy(update={"online": settled}) for name in readers}
     return plan.model_copy(update={"linears": linears, "rotations": tuple(rotations), "untied": untied})
 
 
-def _settled(rotation: Rotation, widths: tuple[int, ...]) -> Rotation:
-    """The rotation with its block."""
-    whole = min(widths)
-    default = largest_block(gcd(*widths)) if rotation.space == "mid" else whole
+def _settled(rotation: Rotation, width: int) -> Rotation:
+    """The rotation with its block, in a space `width` wide."""
+    default = largest_block(width) if rotation.space == "mid" and largest_block(width) >= _LEAST_BLOCK else width
     # Heads are small: a block meant for wider spaces covers them whole.
-    block = min(rotation.block, whole) if rotation.space in ("value", "qk") and rotation.block else rotation.block or default
-    ragged = next((width for width in widths if width % block), None)
-    if ragged is not None:
+    asked = min(rotation.block, width) if rotation.space in ("value", "qk") else rotation.block
+    settled = rotation.model_copy(update={"block": asked or default})
+    try:
+        settled.block_of(width)
+    except PlanError as error:
+        if largest_fit(width) == 1:
+            raise
         raise PlanError(
-            f"a rotation in blocks of {block} does not divide the space {rotation.space!r}, which is {ragged} wide. The "
-            f"largest power of two that does is {largest_block(ragged)}: use --rotation-block {largest_block(ragged)}"
-        )
-    if not fits(block):
-        raise PlanError(
-            f"no Hadamard matrix of order {block} is known here, for the space {rotation.space!r}. Use --rotation-block "
-            f"{largest_block(gcd(*widths))}"
-        )
-    return rotation.model_copy(update={"block": block})
+            f"{error}, but of every rotation that is asked for. Or leave {ROTATION_NAMES[rotation.space]} out of --rotate"
+        ) from error
+    return settled
+
+
+def _refuse_idle(rotation: Rotation, rows: Mapping[str, Linear]) -> None:
+    name = ROTATION_NAMES[rotation.space]
+    readers = [reader for reader, row in rows.items() if row.reads == rotation.space]
+    raise PlanError(
+        f"{name} turns what quantized linears read in the space {rotation.space!r} while they run, and all that read it are "
+        f"kept in 16 bits, such as {readers[0]}: nothing would be turned. Leave {name} out of --rotate, or give them a scheme"
+    )
 
 
 def _refuse_ragged(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:

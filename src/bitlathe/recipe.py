@@ -177,7 +177,9 @@ class Recipe(BaseModel):
             return value
         if not info.data["rotate"]:
             raise ValueError("nothing is rotated: give rotate as well, such as R1,R2, or leave this out")
-        if name == "rotation_trials" and all(kind == "hadamard" for _, kind in map(_turn, info.data["rotate"])):
+        if name == "rotation_block" and value == 1:
+            raise ValueError("blocks of one channel turn nothing: give a larger one, such as 32, or leave this out")
+        if name != "rotation_block" and all(kind == "hadamard" for _, kind in map(_turn, info.data["rotate"])):
             raise ValueError("no rotation has random signs to draw: ask for one, such as R1 or R4:random, or leave this out")
         return value
 

@@ -23,8 +23,7 @@ from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.source import open_model, stored_dtype
 from bitlathe.numerics.rotation import cost
 from bitlathe.numerics.scheme import Scheme, described, name_of
-from bitlathe.plan import Plan
-from bitlathe.recipe import ROTATIONS
+from bitlathe.plan import ROTATION_NAMES, Plan
 
 CARD = "README.md"
 
@@ -155,9 +154,9 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     """What a checkpoint holds, original or quantized, from its headers alone.
 
     Returns {"model", "format", "dtype", "linears": [{"name", "scheme", "activations", "shape", "bits", "bytes", "kept"}],
-    "quantized": how many of them, "rotations": [{"name", "space", "block", "kind", "seed", "online", "linears": how many run it,
-    "operations", "bytes": of all of them, for a token}], "untied", "kv", "bytes", "bits_quantized", "bits_linears",
-    "bits_checkpoint"}; bits are per weight as the file holds them; scheme is None and kept the reason for a linear in 16 bits.
+    "quantized": how many of them, "rotations": as `rotations_of` has them, "untied", "kv", "bytes", "bits_quantized",
+    "bits_linears", "bits_checkpoint"}; bits are per weight as the file holds them; scheme is None and kept the reason for a
+    linear in 16 bits.
     Raises CheckpointError or UnsupportedModel.
     """
     checkpoint = Checkpoint(folder)
@@ -188,7 +187,7 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         "dtype": stored_dtype(checkpoint),
         "linears": rows,
         "quantized": len(schemes),
-        "rotations": [] if plan is None else _rotations(plan, skeleton),
+        "rotations": [] if plan is None else rotations_of(plan, skeleton),
         "untied": plan is not None and plan.untied,
         "kv": None if plan is None else _activations(plan.kv),
         **sizes,
@@ -199,11 +198,14 @@ def _activations(scheme: Scheme | None) -> str | None:
     return scheme and described(scheme)
 
 
-def _rotations(plan: Plan, skeleton: Skeleton) -> list[dict[str, Any]]:
-    """Every rotation of a plan, and what a token costs where it runs while the model does: multiplications and additions, and
-    bytes read and written in 16 bits, of all linears (for R3 of all heads of keys, there and back)."""
-    online = {row.online: row.online.space for row in plan.linears.values() if row.online is not None}
-    names = {known.space: name for name, known in ROTATIONS.items()}
+def rotations_of(plan: Plan, skeleton: Skeleton) -> list[dict[str, Any]]:
+    """Every rotation of a plan, and what a token costs where it runs while the model does.
+
+    Returns [{"name", "space", "block", "kind", "seed", "online": or folded, "linears": how many run it, "operations":
+    multiplications and additions, "bytes": read and written in 16 bits}], the last two of all linears, for R3 of all heads of
+    keys, there and back.
+    """
+    online = dict.fromkeys(row.online for row in plan.linears.values() if row.online is not None)
     found = []
     for rotation in dict.fromkeys((*plan.rotations, *online)):
         turned = [skeleton.linears[name][1] for name, row in plan.linears.items() if row.online == rotation]
@@ -211,9 +213,10 @@ def _rotations(plan: Plan, skeleton: Skeleton) -> list[dict[str, Any]]:
             turned = [skeleton.value_width] * 2 * skeleton.depth
         found.append(
             {
-                "name": names[rotation.space],
+                "name": ROTATION_NAMES[rotation.space],
                 **rotation.model_dump(mode="json"),
-                "online": bool(turned),
+                # A plan that was read from a folder of another program may run what could have been folded.
+                "online": bool(turned) or not skeleton.arch.folds(rotation.space),
                 "linears": 0 if rotation.space == "qk" else len(turned),
                 "operations": sum(cost(width, rotation)[0] for width in turned),
                 "bytes": sum(2 * 2 * width for width in turned),

@@ -11,7 +11,7 @@ from bitlathe.io.checkpoint import CONFIG
 from bitlathe.io.writer import REPORT, TOOL, Writer
 from bitlathe.plan import Plan
 from bitlathe.prepare import CODES, Prepared
-from bitlathe.report import CARD, as_json, card, read_report, sizes_of
+from bitlathe.report import CARD, as_json, card, read_report, rotations_of, sizes_of
 from bitlathe.version import VERSION
 
 # The names of dtypes in config.json.
@@ -73,6 +73,7 @@ def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, second
         "linears": len(ready.plan.linears),
         "quantized": len(ready.plan.quantized),
         "sizes": sizes,
+        "rotations": rotations_of(ready.plan, ready.skeleton),
         "seconds": seconds,
         "evaluation": None,
     }
