@@ -34,6 +34,7 @@ from bitlathe.io.checkpoint import DTYPES as STORED
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.block import attach_cache
 from bitlathe.model.layers import Stage
+from bitlathe.model.saving import Refusal
 from bitlathe.model.weights import DTYPES
 from bitlathe.numerics.project import dequantize
 from bitlathe.numerics.rotation import Rotation
@@ -87,6 +88,7 @@ class BitlatheQuantizer(HfQuantizer):
     """Loads the native format; it quantizes nothing itself, and what it loaded is not trained or saved again."""
 
     requires_calibration = True
+    _refusal: Refusal | None = None
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, *, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -96,9 +98,15 @@ class BitlatheQuantizer(HfQuantizer):
         rows = {name: plan.linears[name] for name in plan.quantized}
         if not checkpoint_files:
             raise CheckpointError("there is no file to read codes from: give from_pretrained the folder that bitlathe wrote")
+        folder = Path(checkpoint_files[0]).parent
+        self._refusal = Refusal(
+            model,
+            f"save_pretrained would write dequantized weights under the configuration of codes of {folder}. Copy the files of "
+            f"{folder} instead",
+        )
         # transformers leaves a tensor that it does not find as the memory was, and that would be decoded.
         shapes = {name: (linears[name].out_features, linears[name].in_features) for name in rows}
-        _check_streams(Checkpoint(Path(checkpoint_files[0]).parent), rows, shapes)
+        _check_streams(Checkpoint(folder), rows, shapes)
         for name, row in rows.items():
             parent, _, child = name.rpartition(".")
             model.get_submodule(parent).register_module(child, CodedLinear(linears[name], row))
@@ -123,8 +131,8 @@ class BitlatheQuantizer(HfQuantizer):
         return Native().parse(self.quantization_config.to_dict(), linears)
 
     def is_serializable(self) -> Any:
-        """False: saving would write dequantized weights under a configuration of codes."""
-        return False
+        """Never: raises FormatError, or gives False where only adapters are saved."""
+        return False if self._refusal is None else self._refusal.is_serializable()
 
     @property
     def is_trainable(self) -> Any:
@@ -133,19 +141,30 @@ class BitlatheQuantizer(HfQuantizer):
 
 
 class TurningQuantizer(CompressedTensorsHfQuantizer):
-    """transformers' own for compressed-tensors; after it, linears turn their inputs where the folder's config says so."""
+    """transformers' own for compressed-tensors; after it, linears turn their inputs where the folder's config says so.
+
+    Where they do, the model is not saved again: transformers drops the transform_config that says so.
+    """
 
     _online: Mapping[str, Rotation]
+    _refusal: Refusal | None = None
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, *, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        config = Checkpoint(Path(checkpoint_files[0]).parent).config["quantization_config"] if checkpoint_files else {}
+        folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
+        config = Checkpoint(folder).config["quantization_config"] if folder is not None else {}
         self._online = {}
         if config.get("transform_config"):
             linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
             rows = CompressedTensors().parse(config, linears).linears
             self._online = {name: row.online for name, row in rows.items() if row.online is not None}
+        if self._online:
+            self._refusal = Refusal(
+                model,
+                f"save_pretrained would write {folder} without its transform_config, and readers would leave out the rotations "
+                f"that run online. Copy the files of {folder} instead",
+            )
         super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -154,6 +173,10 @@ class TurningQuantizer(CompressedTensorsHfQuantizer):
             stage = Stage(LayerPlan(online=rotation))
             model.get_submodule(name).register_forward_pre_hook(partial(_turn_input, stage=stage))
         return model
+
+    def is_serializable(self) -> Any:
+        """As transformers' own, but where linears turn their inputs: see `Refusal`."""
+        return super().is_serializable() if self._refusal is None else self._refusal.is_serializable()
 
 
 def _turn_input(_module: nn.Module, inputs: tuple[Tensor, ...], *, stage: Stage) -> tuple[Tensor, ...]:

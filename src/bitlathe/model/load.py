@@ -11,6 +11,7 @@ from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.block import attach_cache
 from bitlathe.model.buffers import materialise_buffers
 from bitlathe.model.layers import QuantLinear, Stage, StagedLinear
+from bitlathe.model.saving import refuse_to_save
 from bitlathe.model.source import device_named, open_model
 from bitlathe.model.weights import Weights
 
@@ -22,7 +23,8 @@ def load(folder: str | Path, device: str = "auto") -> PreTrainedModel:
 
     folder: a quantized model in the native or compressed-tensors format, a dense one, an original, or a Hub id. device: "auto",
     "cpu", "cuda" or "cuda:i". Quantized linears run their dequantized codes, the weights that were measured. Weights come
-    from the file one module at a time; on the CPU those that are not quantized stay mapped from it.
+    from the file one module at a time; on the CPU those that are not quantized stay mapped from it. Its `save_pretrained`
+    writes dense weights, and raises FormatError where a plan says more than weights can.
 
     Raises CheckpointError for a folder that is incomplete or whose quantization is not read here, UnsupportedModel for a
     family without a table, RecipeError for a device that is not there.
@@ -40,6 +42,7 @@ def load(folder: str | Path, device: str = "auto") -> PreTrainedModel:
             _fill(name, module, weights)
     if plan is not None:
         attach_cache([model.get_submodule(f"{block}.{skeleton.arch.attention}") for block in skeleton.blocks], plan)
+        refuse_to_save(model, plan, checkpoint.path)
     materialise_buffers(model, [model], weights.device)
     model.tie_weights()
     if (checkpoint.path / GENERATION).is_file():
