@@ -303,6 +303,18 @@ def test_inspect_without_rotations_does_not_speak_of_them(asked: dict[str, dict[
     assert all(word not in output for word in ("otation", "activations", "online", "of its own", "Cached"))
 
 
+@pytest.mark.usefixtures("finished")
+@pytest.mark.parametrize("typed", [("--rotate", "R1", "--rotate", "r4:random,R2"), ("--rotate", "R1,R2,R4:random")])
+def test_rotations_may_be_given_one_by_one(asked: dict[str, dict[str, Any]], tmp_path: Path, typed: tuple[str, ...]) -> None:
+    assert invoke("quantize", "builtin", "--out", str(tmp_path / "q"), *typed).exit_code == 0
+    assert asked["quantize"]["rotate"] == ("R1", "R2", "R4:random")
+
+
+def test_help_says_what_a_rotation_turns_by_default() -> None:
+    words = " ".join(invoke("quantize", "--help").stdout.replace("│", " ").split())
+    assert "whole spaces; of R4 the largest power of two in it" in words
+
+
 @pytest.mark.parametrize(
     ("rotations", "words", "absent"),
     [

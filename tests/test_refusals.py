@@ -31,7 +31,7 @@ from bitlathe.errors import (
 )
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.prepare import prepare
-from bitlathe.recipe import Recipe
+from bitlathe.recipe import Recipe, merge
 from families import save_model, write_text
 
 RTN: dict[str, Any] = {"scheme": "W4A16G32", "tuner": "rtn", "samples": 4, "seqlen": 16, "batch_size": 2}
@@ -179,15 +179,24 @@ def test_groups_of_which_no_other_size_is_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("sealed")
-def test_a_head_that_is_the_embeddings(tmp_path: Path) -> None:
-    save_model(tmp_path / "m", tie_word_embeddings=True)
+@pytest.mark.parametrize(("family", "unties"), [("llama", True), ("gemma2", False)])
+def test_a_head_that_is_the_embeddings(tmp_path: Path, family: str, *, unties: bool) -> None:
+    save_model(tmp_path / "m", family, tie_word_embeddings=True)
     write_text(tmp_path / "m" / "text.txt", 200)
     words = [
         "lm_head shares its weight with the embeddings",
         "the override lm_head=W8A16_CHANNEL",
         "--override lm_head=keep after",
     ]
-    refused(PlanError, tmp_path / "m", words, overrides={"lm_head": "W8A16_CHANNEL"})
+    told = refused(PlanError, tmp_path / "m", words, overrides={"lm_head": "W8A16_CHANNEL"})
+    # R1 gives it a weight of its own, where R1 folds.
+    assert ("or give it a weight of its own with --rotate R1" in told) == unties
+    if unties:
+        asked = {"out": tmp_path / "q", "overrides": {"lm_head": "W8A16_CHANNEL"}, "rotate": "R1", **RTN}
+        assert (
+            "lm_head"
+            in prepare(merge({"model": str(tmp_path / "m"), "calib": str(tmp_path / "m/text.txt"), **asked})).plan.quantized
+        )
 
 
 @pytest.mark.usefixtures("sealed")

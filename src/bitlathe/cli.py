@@ -160,15 +160,21 @@ def quantize(
         Option(metavar="GLOB=SCHEME|keep", show_default="none", help="For linears that match; repeatable, the last wins."),
     ] = None,
     rotate: Annotated[
-        str | None,
+        list[str] | None,
         Option(
             metavar="R1,R2,R4|hadamard",
             show_default=_default("rotate"),
-            help="Spread outliers: R1 and R2 (hadamard is both) fold into weights, R4 runs online; 'bitlathe list rotations'.",
+            help="Spread outliers: R1 and R2 (hadamard is both) fold into weights, R4 runs online; see 'bitlathe list "
+            "rotations'. Repeatable.",
         ),
     ] = None,
     rotation_block: Annotated[
-        int | None, Option(metavar="N", show_default="whole spaces", help="Rotate N channels at a time; 32 for MXFP4.")
+        int | None,
+        Option(
+            metavar="N",
+            show_default="whole spaces; of R4 the largest power of two in it",
+            help="Rotate N channels at a time; 32 for MXFP4.",
+        ),
     ] = None,
     rotation_seed: Annotated[
         int | None, Option(metavar="N", show_default=_default("rotation_seed"), help="Of the random signs in rotations.")
@@ -233,7 +239,7 @@ def quantize(
         "seqlen": seqlen,
         "batch_size": batch_size,
         "overrides": parse_overrides(override or ()),
-        "rotate": rotate,
+        "rotate": ",".join(rotate) if rotate else None,
         "rotation_block": rotation_block,
         "rotation_seed": rotation_seed,
         "rotation_trials": rotation_trials,

@@ -85,13 +85,14 @@ def resolve(
     *,
     dtype: Literal["bf16", "fp16"],
     kept: Mapping[str, str],
-    tied: Iterable[str] = (),
+    tied: Mapping[str, str] | None = None,
 ) -> tuple[Plan, dict[str, str]]:
     """Settle what happens to every linear.
 
     shapes: linear -> (outputs, inputs), in the model's order. scheme: the name every linear gets. overrides: glob over full
     names -> scheme name or "keep"; the last that matches wins. kept: linears left alone unless an override names them, with
-    the reason. tied: linears that share their weight with another module and cannot be quantized at all.
+    the reason. tied: linears that share their weight with another module and cannot be quantized, each with what would give it
+    one of its own ("" where nothing does).
 
     Returns the plan, and for every linear kept in 16 bits the reason. Raises RecipeError for an unknown scheme name, and
     PlanError for an override that matches nothing, a tied weight, or blocks that do not divide a linear's inputs.
@@ -112,11 +113,11 @@ def resolve(
     rows = {wanted: LayerPlan(weight=preset.weight, input=preset.input) for wanted, preset in presets.items()}
     rows[KEEP] = LayerPlan()
     plan = Plan(linears={name: rows[wanted] for name, wanted in chosen.items()}, dtype=dtype)
-    for name in tied:
+    for name, parted in (tied or {}).items():
         if name in plan.quantized:
             raise PlanError(
                 f"{name} shares its weight with the embeddings, so {reasons[name]} cannot be done: leave it in 16 bits, with "
-                f"--override {name}={KEEP} after that one"
+                f"--override {name}={KEEP} after that one{parted and f', or give it a weight of its own with {parted}'}"
             )
     _refuse_ragged(plan, shapes)
     return plan, {name: reasons[name] for name, row in plan.linears.items() if row.weight is None}

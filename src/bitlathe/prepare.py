@@ -130,8 +130,10 @@ def prepare(recipe: Recipe) -> Prepared:
 def _planned(recipe: Recipe, skeleton: Skeleton, dtype: Literal["bf16", "fp16"]) -> tuple[Plan, dict[str, str]]:
     """What happens to every linear, and why some are kept."""
     wanted = recipe.rotations()
-    unties = skeleton.arch.folds("residual") and any(rotation.space == "residual" for rotation in wanted)
-    shared = [] if unties else [name.removesuffix(".weight") for name in skeleton.tied]
+    folds = skeleton.arch.folds("residual")
+    unties = folds and any(rotation.space == "residual" for rotation in wanted)
+    parted = "--rotate R1" if folds else ""
+    shared = {} if unties else {name.removesuffix(".weight"): parted for name in skeleton.tied}
     head = skeleton.arch.head
     kept = {head: "shares its weight with the embeddings" if shared else "the output head stays in 16 bits unless asked for"}
     plan, reasons = resolve(skeleton.linears, recipe.scheme, recipe.overrides, dtype=dtype, kept=kept, tied=shared)
