@@ -121,6 +121,23 @@ def test_every_scheme_with_activations(tmp_path: Path, text: Path, monkeypatch: 
         assert same(theirs, in_memory), format
 
 
+@pytest.mark.parametrize("format", ["native", "compressed-tensors"])
+@pytest.mark.parametrize("scheme", ["W8A8_STATIC", "NVFP4"])
+def test_static_scales_of_activations_are_no_bytes_of_weights(tmp_path: Path, text: Path, scheme: str, format: str) -> None:
+    save_model(tmp_path / "m")
+    asked = W4A4 | {"scheme": scheme, "tuner": "rtn", "rotate": "none", "kv": None, "formats": format}
+    asked |= {"act_asymmetric": scheme == "W8A8_STATIC"}
+    plan = bitlathe.quantize(str(tmp_path / "m"), out=tmp_path / "q", calib=str(text), **asked)
+    found = inspect(tmp_path / "q")
+    for row in found["linears"]:
+        if row["name"] in plan.quantized:
+            assert 8 * row["bytes"] == plan.quantized[row["name"]].bits(row["shape"]), row["name"]
+    header = Checkpoint(tmp_path / "q").header
+    scales = [name for name in header if ".input_" in name]
+    assert len(scales) >= len(plan.quantized)
+    assert found["bytes"] == sum(info.nbytes for info in header.values())
+
+
 def test_transformers_alone_ignores_r4_and_we_say_so(tmp_path: Path, text: Path) -> None:
     save_model(tmp_path / "m")
     asked = {"model": str(tmp_path / "m"), "out": tmp_path / "q", "calib": str(text), "formats": "compressed-tensors"}

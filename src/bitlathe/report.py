@@ -26,6 +26,8 @@ from bitlathe.numerics.scheme import Scheme, described, name_of
 from bitlathe.plan import ROTATION_NAMES, Plan
 
 CARD = "README.md"
+# How every format begins the names of what is static of a linear's activations: "input_scale" and its like.
+_OF_INPUTS = "input_"
 
 
 class BlockReport(BaseModel):
@@ -101,16 +103,18 @@ def sizes_of(
 
     shapes: linear -> (outputs, inputs). Returns {"bytes": of all tensors, "linears": {linear: bytes stored for its weight},
     "bits_quantized", "bits_linears", "bits_checkpoint": average bits per weight of the quantized linears, of all linears, and
-    per parameter of the whole checkpoint}. A tied head stores nothing of its own and is left out.
+    per parameter of the whole checkpoint}. Static scales of activations are no part of a weight: only the totals hold them. A
+    tied head stores nothing of its own and is left out.
     """
     owner = {name: name.rpartition(".")[0] for name in header}
-    of_weights = {name for name in header if owner[name] in shapes and not name.endswith(".bias")}
+    of_inputs = {name for name in header if owner[name] in shapes and name.rpartition(".")[2].startswith(_OF_INPUTS)}
+    of_weights = {name for name in header if owner[name] in shapes and not name.endswith(".bias")} - of_inputs
     stored = dict.fromkeys((name for name in shapes if name in owner.values()), 0)
     for name in of_weights:
         stored[owner[name]] += header[name].nbytes
     total = sum(info.nbytes for info in header.values())
     weights = {name: prod(shapes[name]) for name in stored}
-    others = sum(prod(info.shape) for name, info in header.items() if name not in of_weights)
+    others = sum(prod(header[name].shape) for name in header.keys() - of_weights - of_inputs)
     coded = [name for name in stored if name in quantized]
     return {
         "bytes": total,
