@@ -14,7 +14,6 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from bitlathe.errors import UnsupportedModel
@@ -52,19 +51,13 @@ class KeyValueStage(nn.Module):
 
     def _turners(self, keys: Tensor, rotation: Rotation) -> tuple[Turner, Turner]:
         """The rotation and its inverse for keys like these: made once, because that takes longer than to turn a token's."""
-        if self._there_and_back is None or not _serves(self._there_and_back[0], keys):
+        if self._there_and_back is None or not self._there_and_back[0].serves(keys):
             there = turner(rotation, keys.shape[-1], like=keys)
             self._there_and_back = there, there.inverse()
         return self._there_and_back
 
     def extra_repr(self) -> str:
         return f"rotation={self.rotation}, grid={None if self.scheme is None else self.scheme.grid}"
-
-
-def _serves(made: Turner, keys: Tensor) -> bool:
-    matrix = made.matrices[0]
-    exact = (matrix.dtype == torch.float64) == (keys.dtype == torch.float64)
-    return exact and matrix.device == keys.device and made.width == keys.shape[-1]
 
 
 def attach(attention: nn.Module, *, rotation: Rotation | None, scheme: Scheme | None) -> None:

@@ -115,7 +115,8 @@ class Turner:
 
     def serves(self, x: Tensor) -> bool:
         """Whether it was made for tensors like x."""
-        return x.device == self.matrices[0].device and _arithmetic(x.dtype) == self.matrices[0].dtype
+        matrix = self.matrices[0]
+        return x.shape[-1] == self.width and x.device == matrix.device and _arithmetic(x.dtype) == matrix.dtype
 
     def inverse(self) -> Turner:
         """The turner by R^T."""
