@@ -156,6 +156,19 @@ def test_transformers_alone_ignores_r4_and_we_say_so(tmp_path: Path, text: Path)
     assert [(row["name"], row["online"], row["linears"]) for row in inspect(tmp_path / "q")["rotations"]] == [("R4", True, 2)]
 
 
+@pytest.mark.parametrize(("dtype", "nameless", "told"), [("fp16", False, "KV8"), ("bf16", True, "INT8 per token")])
+def test_the_cache_has_its_name_where_there_is_one(tmp_path: Path, dtype: str, told: str, *, nameless: bool) -> None:
+    save_model(tmp_path / "m")
+    asked = {"model": tmp_path / "m", "out": tmp_path / "q", "scheme": "W8A8", "kv": "8", "dtype": dtype, "tuner": "rtn"}
+    run(merge(asked | {"rtn": {"scale": "min-max"}}), restart=False, listen=lambda event: None)
+    if nameless:
+        # A scheme that this program gives no name to.
+        report = json.loads((tmp_path / "q" / "report.json").read_text())
+        report["plan"]["kv"]["asymmetric"] = False
+        (tmp_path / "q" / "report.json").write_text(json.dumps(report))
+    assert inspect(tmp_path / "q")["kv"] == told
+
+
 def test_folded_rotations_need_no_reader(tmp_path: Path, text: Path) -> None:
     """--rotate hadamard: an ordinary checkpoint of the rotated model is the model."""
     save_model(tmp_path / "m", tie_word_embeddings=True)
@@ -174,7 +187,9 @@ def test_folded_rotations_need_no_reader(tmp_path: Path, text: Path) -> None:
 def test_inspect_tells_what_online_rotations_cost(tmp_path: Path, text: Path) -> None:
     save_model(tmp_path / "m")
     bitlathe.quantize(str(tmp_path / "m"), out=tmp_path / "q", calib=str(text), **W4A4 | {"tuner": "rtn"})
-    found = {rotation["name"]: rotation for rotation in inspect(tmp_path / "q")["rotations"]}
+    inspected = inspect(tmp_path / "q")
+    assert inspected["kv"] == "KV4"
+    found = {rotation["name"]: rotation for rotation in inspected["rotations"]}
     assert {name: rotation["online"] for name, rotation in found.items()} == {"R1": False, "R2": False, "R3": True, "R4": True}
     # Two blocks: down_proj reads 128 numbers, read and written in 16 bits; keys are 2 heads of 16, there and back.
     assert (found["R4"]["linears"], found["R4"]["block"], found["R4"]["bytes"]) == (2, 128, 2 * 4 * 128)

@@ -22,7 +22,7 @@ from bitlathe.io.writer import REPORT, TOOL, replace_file
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.source import open_model, stored_dtype
 from bitlathe.numerics.rotation import cost
-from bitlathe.numerics.scheme import Scheme, described, name_of
+from bitlathe.numerics.scheme import KV_SCHEMES, Scheme, described, name_of
 from bitlathe.plan import ROTATION_NAMES, Plan
 
 CARD = "README.md"
@@ -158,7 +158,7 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     """What a checkpoint holds, original or quantized, from its headers alone.
 
     Returns {"model", "format", "dtype", "linears": [{"name", "scheme", "activations", "shape", "bits", "bytes", "kept"}],
-    "quantized": how many of them, "rotations": as `rotations_of` has them, "untied", "kv", "bytes", "bits_quantized",
+    "quantized": how many of them, "rotations": as `rotations_of` has them, "untied", "kv": its name, "bytes", "bits_quantized",
     "bits_linears", "bits_checkpoint"}; bits are per weight as the file holds them; scheme is None and kept the reason for a
     linear in 16 bits.
     Raises CheckpointError or UnsupportedModel.
@@ -193,13 +193,19 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         "quantized": len(schemes),
         "rotations": [] if plan is None else rotations_of(plan, skeleton),
         "untied": plan is not None and plan.untied,
-        "kv": None if plan is None else _activations(plan.kv),
+        "kv": None if plan is None else _cache(plan.kv),
         **sizes,
     }
 
 
 def _activations(scheme: Scheme | None) -> str | None:
     return scheme and described(scheme)
+
+
+def _cache(scheme: Scheme | None) -> str | None:
+    """The name of a cache's scheme, or its description where it has none."""
+    known = {scheme.served_in("bf16"): name for name, scheme in KV_SCHEMES.items()}
+    return scheme and known.get(scheme.served_in("bf16"), described(scheme))
 
 
 def rotations_of(plan: Plan, skeleton: Skeleton) -> list[dict[str, Any]]:
