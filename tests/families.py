@@ -29,6 +29,7 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
 # What makes each family different from llama, turned on; the window is shorter than the text of the tests.
 _OWN: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False},
@@ -39,13 +40,17 @@ _OWN: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     "olmo2": {},
     "phi3": {"tie_word_embeddings": False},
+    "qwen2_moe": {"qkv_bias": True, "shared_expert_intermediate_size": 64, "moe_intermediate_size": 32, **_EXPERTS},
+    # Every second block is dense.
+    "qwen3_moe": {"moe_intermediate_size": 32, "decoder_sparse_step": 2, **_EXPERTS},
+    "olmoe": _EXPERTS,
 }
 FAMILIES = tuple(_OWN)
 
 
 def config_of(family: str, **changes: Any) -> PretrainedConfig:
     own = {**_COMMON, **_OWN[family], **changes}
-    if family == "phi3":
+    if family in ("phi3", "olmoe", "qwen2_moe"):
         del own["head_dim"]
     return AutoConfig.for_model(family, **own)
 

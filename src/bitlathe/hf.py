@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitlathe.arch import arch_for
+from bitlathe.arch import ARCHS, arch_for
 from bitlathe.errors import CheckpointError, FormatError
 from bitlathe.formats.compressed_tensors import METHOD as CT_METHOD
 from bitlathe.formats.compressed_tensors import CompressedTensors
@@ -33,8 +34,10 @@ from bitlathe.formats.stored import take
 from bitlathe.io.checkpoint import DTYPES as STORED
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.block import attach_cache
+from bitlathe.model.experts import split_experts
 from bitlathe.model.layers import Stage
 from bitlathe.model.saving import Refusal
+from bitlathe.model.skeleton import linears_of
 from bitlathe.model.weights import DTYPES
 from bitlathe.numerics.project import dequantize
 from bitlathe.numerics.rotation import Rotation
@@ -93,8 +96,10 @@ class BitlatheQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, *, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        plan = self._plan(list(linears))
+        arch = arch_for(model.config.to_dict())
+        split_experts(model, arch)
+        shapes = linears_of(model, arch)
+        plan = self._plan(list(shapes))
         rows = {name: plan.linears[name] for name in plan.quantized}
         if not checkpoint_files:
             raise CheckpointError("there is no file to read codes from: give from_pretrained the folder that bitlathe wrote")
@@ -105,12 +110,12 @@ class BitlatheQuantizer(HfQuantizer):
             f"{folder} instead",
         )
         # transformers leaves a tensor that it does not find as the memory was, and that would be decoded.
-        shapes = {name: (linears[name].out_features, linears[name].in_features) for name in rows}
         _check_streams(Checkpoint(folder), rows, shapes)
         for name, row in rows.items():
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
             parent, _, child = name.rpartition(".")
-            model.get_submodule(parent).register_module(child, CodedLinear(linears[name], row))
-        arch = arch_for(model.config.to_dict())
+            model.get_submodule(parent).register_module(child, CodedLinear(linear, row))
         blocks = model.get_submodule(arch.blocks).children()
         attach_cache([block.get_submodule(arch.attention) for block in blocks], plan)
         return model
@@ -126,6 +131,10 @@ class BitlatheQuantizer(HfQuantizer):
                     )
                 module.settle(dtype)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """transformers' own, without what fuses experts. args: the model, in some versions of transformers."""
+        return super().update_weight_conversions(_unfused(weight_conversions), *args, **kwargs)
 
     def _plan(self, linears: list[str]) -> Plan:
         return Native().parse(self.quantization_config.to_dict(), linears)
@@ -155,6 +164,8 @@ class TurningQuantizer(CompressedTensorsHfQuantizer):
         folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         config = Checkpoint(folder).config["quantization_config"] if folder is not None else {}
         self._online = {}
+        if model.config.model_type in ARCHS:
+            split_experts(model, ARCHS[model.config.model_type])
         if config.get("transform_config"):
             linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
             rows = CompressedTensors().parse(config, linears).linears
@@ -167,8 +178,17 @@ class TurningQuantizer(CompressedTensorsHfQuantizer):
             )
         super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """transformers' own, without what fuses experts. args: the model, in some versions of transformers."""
+        return super().update_weight_conversions(_unfused(weight_conversions), *args, **kwargs)
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         super()._process_model_after_weight_loading(model, **kwargs)
+        if (arch := ARCHS.get(model.config.model_type)) is not None and arch.shared is not None:
+            for name, module in model.named_modules():
+                if name.endswith(f".{arch.shared}"):
+                    module.register_forward_pre_hook(_batch_of_one)
+                    module.register_forward_hook(_first_of_batch)
         for name, rotation in self._online.items():
             stage = Stage(LayerPlan(online=rotation))
             model.get_submodule(name).register_forward_pre_hook(partial(_turn_input, stage=stage))
@@ -177,6 +197,24 @@ class TurningQuantizer(CompressedTensorsHfQuantizer):
     def is_serializable(self) -> Any:
         """As transformers' own, but where linears turn their inputs: see `Refusal`."""
         return super().is_serializable() if self._refusal is None else self._refusal.is_serializable()
+
+
+def _batch_of_one(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Tokens [tokens, width] as a batch: of a matrix the compressed-tensors library scales all rows as one token."""
+    return (inputs[0][None],)
+
+
+def _first_of_batch(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output[0]
+
+
+def _unfused(conversions: list[Any]) -> list[Any]:
+    """Without the conversions that merge the experts of a checkpoint into one parameter: here each has its own."""
+    return [
+        conversion
+        for conversion in conversions
+        if not isinstance(conversion, WeightConverter) or not any("experts" in target for target in conversion.target_patterns)
+    ]
 
 
 def _turn_input(_module: nn.Module, inputs: tuple[Tensor, ...], *, stage: Stage) -> tuple[Tensor, ...]:

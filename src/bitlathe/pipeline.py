@@ -219,12 +219,24 @@ def _finite(tensors: Mapping[str, Tensor], dtype: str) -> None:
 
 
 def _note(name: str, tuned: Tuned, dtype: str) -> str | None:
-    if tuned.after is None or isfinite(tuned.after):
+    if tuned.after is None:
         return None
+    if isfinite(tuned.after):
+        return _starved(name, tuned.starved)
     wider = ". --dtype bf16 holds larger numbers than fp16" if dtype == "fp16" else ""
     return (
         f"{name}: for this calibration text its output is infinite or NaN, so nothing could be learned from it: its linears "
         f"are rounded to nearest{wider}"
+    )
+
+
+def _starved(name: str, linears: tuple[str, ...]) -> str | None:
+    if not linears:
+        return None
+    shown = ", ".join(linears[:3]) + (f" and {len(linears) - 3} more" if len(linears) > 3 else "")
+    return (
+        f"{name}: no token of the calibration text reached {shown}, so nothing could be learned for them and they are rounded "
+        "to nearest. More text (--samples) reaches more experts"
     )
 
 

@@ -18,6 +18,7 @@ from bitlathe.arch import Arch
 from bitlathe.errors import CheckpointError, OutputError, PlanError
 from bitlathe.formats import FORMATS
 from bitlathe.formats.base import Format
+from bitlathe.formats.ct_experts import read_alone
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.io.writer import refuse_foreign
 from bitlathe.model.calib import characters_for, refuse_strange_tokens, text_of, tokenizer_of, windows_of
@@ -26,13 +27,16 @@ from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.source import device_named, open_model, stored_dtype
 from bitlathe.model.weights import DTYPES, Weights
 from bitlathe.numerics.scheme import KV_SCHEMES, static
-from bitlathe.plan import Plan, resolve, rotated, with_inputs
+from bitlathe.plan import LayerPlan, Plan, resolve, rotated, with_inputs
 from bitlathe.recipe import Recipe
 from bitlathe.registry import resolve as named
 from bitlathe.tune import TUNERS
 from bitlathe.tune.base import Tuner
 from bitlathe.tune.signs import drawn_for
 from bitlathe.version import VERSION
+
+# Why a router is kept.
+_ROUTER = "routers choose the experts, and are never quantized"
 
 # The stream of shards that a resumed run reads its finished blocks from, whatever formats are asked for.
 CODES = "native"
@@ -136,7 +140,11 @@ def _planned(recipe: Recipe, skeleton: Skeleton, dtype: Literal["bf16", "fp16"])
     shared = {} if unties else {name.removesuffix(".weight"): parted for name in skeleton.tied}
     head = skeleton.arch.head
     kept = {head: "shares its weight with the embeddings" if shared else "the output head stays in 16 bits unless asked for"}
-    plan, reasons = resolve(skeleton.linears, recipe.scheme, recipe.overrides, dtype=dtype, kept=kept, tied=shared)
+    shapes = {name: shape for name, shape in skeleton.linears.items() if not skeleton.rows[name].router}
+    plan, reasons = resolve(shapes, recipe.scheme, recipe.overrides, dtype=dtype, kept=kept, tied=shared)
+    rows = {name: plan.linears.get(name, LayerPlan()) for name in skeleton.linears}
+    plan = plan.model_copy(update={"linears": rows})
+    reasons |= {name: _ROUTER for name in rows if name not in shapes}
     if not plan.quantized:
         raise PlanError("every linear is kept in 16 bits, so there is nothing to do: give a scheme, or fewer overrides")
     plan = with_inputs(plan, asymmetric=recipe.act_asymmetric, clip=recipe.act_clip)
@@ -169,6 +177,14 @@ def notes_on(plan: Plan, arch: Arch, formats: Iterable[str]) -> tuple[str, ...]:
         )
     if "qk" in spaces and plan.kv is None:
         notes.append("R3 turns keys for a quantized cache, and the cache is not quantized: it changes nothing. Add --kv KV4")
+    if "compressed-tensors" in formats and not read_alone(plan):
+        notes.append(
+            "transformers alone does not read the experts of this compressed-tensors folder as they are: it keeps their "
+            "activations in 16 bits, and decodes not all of their schemes. Load it with bitlathe.load, or with `import "
+            "bitlathe.hf` before AutoModelForCausalLM"
+        )
+    if arch.experts is not None and any(f".{arch.experts}." in name for name in online):
+        notes.append("serving engines fuse experts, and are not known to turn their inputs: leave R4 out of --rotate for them")
     if online and "compressed-tensors" in formats:
         notes.append(
             f"{len(online)} linears turn their inputs while they run. The compressed-tensors folder says so in its "

@@ -212,15 +212,16 @@ def rotations_of(plan: Plan, skeleton: Skeleton) -> list[dict[str, Any]]:
     """Every rotation of a plan, and what a token costs where it runs while the model does.
 
     Returns [{"name", "space", "block", "kind", "seed", "online": or folded, "linears": how many run it, "operations":
-    multiplications and additions, "bytes": read and written in 16 bits}], the last two of all linears, for R3 of all heads of
-    keys, there and back.
+    multiplications and additions, "bytes": read and written in 16 bits}], the last two of all linears, of experts as many as a
+    token chooses, for R3 of all heads of keys, there and back.
     """
     online = dict.fromkeys(row.online for row in plan.linears.values() if row.online is not None)
     found = []
     for rotation in dict.fromkeys((*plan.rotations, *online)):
-        turned = [skeleton.linears[name][1] for name, row in plan.linears.items() if row.online == rotation]
+        turning = [name for name, row in plan.linears.items() if row.online == rotation]
+        turned = [(skeleton.linears[name][1], skeleton.share(name)) for name in turning]
         if rotation.space == "qk":
-            turned = [skeleton.value_width] * 2 * skeleton.depth
+            turned = [(skeleton.value_width, 1)] * 2 * skeleton.depth
         found.append(
             {
                 "name": ROTATION_NAMES[rotation.space],
@@ -228,8 +229,8 @@ def rotations_of(plan: Plan, skeleton: Skeleton) -> list[dict[str, Any]]:
                 # A plan that was read from a folder of another program may run what could have been folded.
                 "online": bool(turned) or not skeleton.arch.folds(rotation.space),
                 "linears": 0 if rotation.space == "qk" else len(turned),
-                "operations": sum(cost(width, rotation)[0] for width in turned),
-                "bytes": sum(2 * 2 * width for width in turned),
+                "operations": int(sum(share * cost(width, rotation)[0] for width, share in turned)),
+                "bytes": int(sum(share * 2 * 2 * width for width, share in turned)),
             }
         )
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitlathe.formats.base import Format
+from bitlathe.formats.ct_experts import read_alone
 from bitlathe.io.checkpoint import CONFIG
 from bitlathe.io.writer import REPORT, TOOL, Writer
 from bitlathe.plan import Plan
@@ -66,6 +67,7 @@ def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, second
         "recipe": ready.recipe.model_dump(mode="json"),
         "plan": plan,
         "kept": ready.kept,
+        "experts_alone": name != "compressed-tensors" or read_alone(ready.plan),
         "notes": [*ready.notes, *(record["note"] for record in writer.done.values() if record["note"])],
         "calibration": _calibration(ready),
         "versions": {package: version(package) for package in _VERSIONS},

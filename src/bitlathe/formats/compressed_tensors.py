@@ -11,6 +11,7 @@ its version 0.20, and tested against it):
                                         the configuration says of activations (see `config`)
     activations                         as numerics/activation.py has them; of a clipped range only where the scale is static,
                                         for then the scale alone says it
+    experts                             as linears, one by one; see ct_experts.py
     rotations                           folded ones are in the weights; of those online see ct_rotations.py
 """
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from bitlathe.errors import FormatError
 from bitlathe.formats.base import QuantLayer
+from bitlathe.formats.ct_experts import first_experts, refuse_experts
 from bitlathe.formats.ct_rotations import online_of, reason_against, transforms_of
 from bitlathe.formats.ct_schemes import FIXED, PACKED, dtype_of, input_arguments, layout_of, row_of, weight_arguments
 from bitlathe.formats.ct_tensors import WORD, decode_input, decode_weight, encode_input, encode_weight, same
@@ -58,6 +60,7 @@ class CompressedTensors:
             told = "; ".join(f"{some(names)}: {reason}" for reason, names in refused.items())
             raise FormatError(f"compressed-tensors cannot hold {told}. The native format holds every scheme")
         _refuse_zero_points(plan)
+        refuse_experts(plan)
         refuse_split_groups(plan, fused, self.name)
 
     def encode(self, layer: QuantLayer, row: LayerPlan, dtype: str) -> dict[str, Tensor]:
@@ -85,6 +88,7 @@ class CompressedTensors:
                 raise FormatError(f"compressed-tensors cannot hold {name}, {_named(row)}: {reason}")
             if row.weight is not None:
                 groups.setdefault(LayerPlan(weight=row.weight, input=row.input), []).append(name)
+        groups = first_experts(groups)
         formats = {layout_of(row) for row in groups}
         config = QuantizationConfig(
             config_groups={

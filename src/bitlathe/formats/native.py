@@ -156,7 +156,8 @@ class Native:
                 f"the quantization_config is damaged: {error.errors()[0]['msg']} at "
                 f"{'.'.join(map(str, error.errors()[0]['loc']))}. Take the config.json that was written with the weights"
             ) from error
-        strange = [name for name in linears if name not in rows] + [name for name in rows if name not in linears]
+        there = set(linears)
+        strange = [name for name in linears if name not in rows] + [name for name in rows if name not in there]
         if strange:
             raise FormatError(
                 f"the quantization_config and the model do not have the same linears: {some(strange)}. "

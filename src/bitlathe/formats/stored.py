@@ -30,13 +30,15 @@ def take(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tu
 def refuse_split_groups(plan: Plan, fused: Mapping[str, str], format_name: str) -> None:
     """Raise FormatError where linears that serving engines fuse into one matrix are stored differently.
 
-    fused: linear -> label of its group; linears that are not in it are served alone.
+    fused: linear -> label of its group; linears that are not in it are served alone. What runs before them may differ: of
+    experts, some read another space.
     """
     groups: dict[str, list[str]] = {}
     for linear in plan.linears:
         if linear in fused:
             groups.setdefault(fused[linear], []).append(linear)
-    split = [names for names in groups.values() if any(plan.linears[name] != plan.linears[names[0]] for name in names)]
+    rows = {linear: row.model_copy(update={"online": None}) for linear, row in plan.linears.items()}
+    split = [names for names in groups.values() if any(rows[name] != rows[names[0]] for name in names)]
     if split:
         more = f" ({len(split) - 1} more such groups)" if len(split) > 1 else ""
         raise FormatError(

@@ -8,7 +8,7 @@ arXiv:2404.00456.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -38,15 +38,16 @@ def fold(skeleton: Skeleton, turns: Mapping[str, Turn]) -> dict[str, Edit]:
     """Edits that turn whole spaces: "residual", and "value" with a turn of one head. Only spaces that linears write."""
     assert all(skeleton.arch.folds(space) for space in turns)
     edits: dict[str, Edit] = {}
-    for name, row in skeleton.rows.items():
-        edits |= _of_linear(name, row, skeleton, turns)
+    there = skeleton.shapes
+    for row in skeleton.rows.values():
+        edits |= _of_linear(row, skeleton, turns, there)
     if "residual" in turns:
         edits[f"{skeleton.arch.embed}.weight"] = Edit(columns=turns["residual"])
     return edits
 
 
-def _of_linear(name: str, row: Linear, skeleton: Skeleton, turns: Mapping[str, Turn]) -> dict[str, Edit]:
-    edits: dict[str, Edit] = {}
+def _of_linear(row: Linear, skeleton: Skeleton, turns: Mapping[str, Turn], there: Container[str]) -> dict[str, Edit]:
+    name, edits = row.name, dict[str, Edit]()
     columns = _per_head(turns.get(row.reads), row.reads, skeleton)
     gain = f"{row.norm}.weight" if row.norm is not None and row.reads in turns else None
     writes = "value" if row.writes == "qkv" else row.writes
@@ -57,7 +58,7 @@ def _of_linear(name: str, row: Linear, skeleton: Skeleton, turns: Mapping[str, T
         edits[gain] = Edit(ones=True)
     if columns is not None or rows is not None:
         edits[f"{name}.weight"] = Edit(gain=gain, columns=columns, rows=rows, start=start)
-    if rows is not None and f"{name}.bias" in skeleton.shapes:
+    if rows is not None and f"{name}.bias" in there:
         edits[f"{name}.bias"] = Edit(rows=rows, start=start)
     return edits
 

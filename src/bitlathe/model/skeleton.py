@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from bitlathe.arch import Arch, Linear, arch_for
 from bitlathe.errors import CheckpointError, UnsupportedModel
 from bitlathe.io.checkpoint import CONFIG, Checkpoint
 from bitlathe.model.block import Block, staged
 from bitlathe.model.buffers import materialise_buffers
+from bitlathe.model.experts import split_experts
 from bitlathe.model.weights import Weights
 
 # Tokens whose logits are held at a time.
@@ -48,8 +51,8 @@ class _Tail(nn.Module):
         super().__init__()
         self.norm = norm
 
-    def forward(self, *, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))
+    def forward(self, *, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))
 
 
 class Head(Block):
@@ -66,7 +69,8 @@ class Head(Block):
 
 @dataclass(frozen=True)
 class Skeleton:
-    """The shape of a model, and its parts on demand. model: on the meta device, never filled."""
+    """The shape of a model, and its parts on demand. model: on the meta device, never filled. linears: every linear, routers
+    among them, with its shape, in the model's order."""
 
     model: PreTrainedModel
     arch: Arch
@@ -96,18 +100,12 @@ class Skeleton:
     @property
     def fused(self) -> dict[str, str]:
         """Linear -> label of the group of linears that is served as one matrix."""
-        rows = {row.name: row.fused for row in self.arch.linears if row.fused}
-        return {f"{block}.{name}": f"{block}.{group}" for block in self.blocks for name, group in rows.items()}
+        return {name: row.fused for name, row in self.rows.items() if row.fused}
 
-    @property
+    @cached_property
     def rows(self) -> dict[str, Linear]:
-        """Every linear with its row of the family's table, the norm by its full name; the head reads the residual stream."""
-        rows = {
-            f"{block}.{row.name}": replace(row, norm=row.norm and f"{block}.{row.norm}")
-            for block in self.blocks
-            for row in self.arch.linears
-        }
-        return rows | {self.arch.head: Linear(self.arch.head, "residual", "logits", norm=self.arch.norm)}
+        """Every linear with its row of the family's table, all names in full."""
+        return {name: row for name in self.linears if (row := self.arch.row(name)) is not None}
 
     @property
     def head_size(self) -> int:
@@ -132,6 +130,12 @@ class Skeleton:
         """Width of the values of all heads of a block."""
         return self.head_size * self.model.config.num_key_value_heads
 
+    def share(self, name: str) -> Fraction:
+        """The part of all tokens for which a linear runs: 1, but for those of experts."""
+        config, row = self.model.config, self.rows[name]
+        expert = self.arch.experts is not None and row.fused is not None and row.fused.endswith(f".{self.arch.experts}")
+        return Fraction(config.num_experts_per_tok, config.num_experts) if expert else Fraction(1)
+
     def parameters_of(self, name: str) -> list[str]:
         """Full names of the parameters and buffers saved for the module `name`."""
         return [f"{name}.{key}" for key in self.model.get_submodule(name).state_dict()]
@@ -147,7 +151,7 @@ class Skeleton:
         name = self.blocks[index]
         module = _filled(self.model, name, tensors, weights.dtype)
         prefix = f"{name}."
-        linears = tuple(linear for linear in self.linears if linear.startswith(prefix))
+        linears = tuple(linear for linear in self.linears if linear.startswith(prefix) and not self.rows[linear].router)
         attention = f"{name}.{self.arch.attention}"
         block = Block(index, name, module, linears, self.fused, call, weights.dtype, attention)
         return staged(block, weights)
@@ -231,24 +235,28 @@ def skeleton_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
 def _built(config: PretrainedConfig, arch: Arch, dtype: torch.dtype) -> Skeleton:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    split_experts(model, arch)
     model.requires_grad_(requires_grad=False)
     model.eval()
-    return Skeleton(model, arch, _linears(model, arch))
+    return Skeleton(model, arch, linears_of(model, arch))
 
 
-def _linears(model: PreTrainedModel, arch: Arch) -> dict[str, tuple[int, int]]:
-    """Every linear of the model with its shape, in the model's order; the arch table must name all there are in a block."""
-    known = {row.name for row in arch.linears}
+def linears_of(model: PreTrainedModel, arch: Arch) -> dict[str, tuple[int, int]]:
+    """Every linear of the model, whose experts are split, with its shape, in the model's order, routers among them.
+
+    Raises UnsupportedModel for one that the table of the family does not name.
+    """
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            inner = name.removeprefix(f"{arch.blocks}.").partition(".")[2]
-            if name != arch.head and inner not in known:
-                raise UnsupportedModel(
-                    f"{name} is a linear that the table of the family {model.config.model_type!r} does not name, so it would "
-                    "be left out without a word. This variant of the family needs a table of its own"
-                )
-            found[name] = (module.out_features, module.in_features)
+        row = arch.row(name)
+        if isinstance(module, nn.Linear) and row is None:
+            raise UnsupportedModel(
+                f"{name} is a linear that the table of the family {model.config.model_type!r} does not name, so it would "
+                "be left out without a word. This variant of the family needs a table of its own"
+            )
+        if row is not None:
+            outputs, inputs = module.get_parameter("weight").shape
+            found[name] = (outputs, inputs)
     return found
 
 

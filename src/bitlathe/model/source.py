@@ -14,6 +14,7 @@ from bitlathe.formats.base import Format
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.skeleton import Skeleton, skeleton_of
 from bitlathe.model.weights import DTYPES, Weights
+from bitlathe.plan import LayerPlan
 from bitlathe.registry import resolve
 
 # quant_method of config.json -> format that reads it
@@ -49,6 +50,9 @@ def open_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     format = _format_of(quantization, checkpoint)
     # Another program's config may leave the dtype of the scales to the model's.
     plan = format.parse({"dtype": _LONG[stored], **quantization}, list(linears))
+    # To other programs a router may be no linear, so that their config does not except it.
+    routers = {name: LayerPlan() for name in linears if skeleton.rows[name].router}
+    plan = plan.model_copy(update={"linears": plan.linears | routers})
     coded = {f"{name}.weight" for name in plan.quantized}
     checkpoint.expect({name: shape for name, shape in skeleton.shapes.items() if name not in coded})
     return skeleton, replace(weights, plan=plan, format=format)

@@ -23,13 +23,18 @@ def static_scales(block: Block, plan: Plan, inputs: Hidden | None, *, batch_size
     if not names:
         return {}
     assert inputs is not None
-    low: dict[str, Tensor] = {}
-    high: dict[str, Tensor] = {}
+    low: dict[tuple[str, str], Tensor] = {}
+    high: dict[tuple[str, str], Tensor] = {}
+
+    # Engines run a projection of all experts as one, with one scale; and not every expert is chosen for this text.
+    shared = {name: (block.fused.get(name, name), name.rpartition(".")[2]) for name in names}
 
     def see(name: str, x: Tensor) -> None:
-        least, most = (end.float() for end in torch.aminmax(x))
-        low[name] = torch.minimum(low.get(name, least), least)
-        high[name] = torch.maximum(high.get(name, most), most)
+        if x.numel():
+            least, most = (end.float() for end in torch.aminmax(x))
+            key = shared[name]
+            low[key] = torch.minimum(low.get(key, least), least)
+            high[key] = torch.maximum(high.get(key, most), most)
 
     with block.watch(names, see):
         for batch in inputs.batches(batch_size):
@@ -39,5 +44,5 @@ def static_scales(block: Block, plan: Plan, inputs: Hidden | None, *, batch_size
     for name in names:
         row = plan.linears[name]
         assert row.input is not None
-        found[name] = static_scale(low[name], high[name], row.input, plan.dtype, clip=row.clip)
+        found[name] = static_scale(low[shared[name]], high[shared[name]], row.input, plan.dtype, clip=row.clip)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -80,8 +81,8 @@ class Weights:
     def _tensors(self, linear: str, start: str) -> dict[str, Tensor]:
         """What the file holds of a linear but its bias, by names that begin with `start`."""
         prefix = f"{linear}."
-        names = [name for name in self.checkpoint.header if name.startswith(prefix + start) and name != f"{linear}.bias"]
-        read = self.checkpoint.read(names)
+        there = self._stored.get(linear, [])
+        read = self.checkpoint.read(name for name in there if name.startswith(prefix + start) and name != f"{linear}.bias")
         return {name.removeprefix(prefix): tensor.to(self.device) for name, tensor in read.items()}
 
     @contextmanager
@@ -90,6 +91,14 @@ class Weights:
             yield
         except BitlatheError as error:
             raise CheckpointError(f"{self.checkpoint.path}, {linear}: {error}") from error
+
+    @cached_property
+    def _stored(self) -> dict[str, list[str]]:
+        """Module -> its tensors in the checkpoint. With experts there are many of both."""
+        stored: dict[str, list[str]] = {}
+        for name in self.checkpoint.header:
+            stored.setdefault(name.rpartition(".")[0], []).append(name)
+        return stored
 
     @property
     def _plan(self) -> Plan:

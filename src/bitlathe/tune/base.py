@@ -25,11 +25,13 @@ Listen = Callable[[int, int, float], None]
 @dataclass(frozen=True)
 class Tuned:
     """A block's codes. before, after: mean squared error of its output against the original's over the tokens that count (see
-    `counting`), rounded to nearest on the plain range and as tuned; None where no text was used."""
+    `counting`), rounded to nearest on the plain range and as tuned; None where no text was used. starved: linears that no
+    token of the text reached, so that nothing was learned for them."""
 
     layers: dict[str, QuantLayer]
     before: float | None = None
     after: float | None = None
+    starved: tuple[str, ...] = ()
 
 
 class Tuner(Protocol):
@@ -122,6 +124,6 @@ class Moments:
         self._sum[name] = self._sum[name] + squares if name in self._sum else squares
         self._count[name] = self._count[name] + counts.sum() if name in self._count else counts.sum()
 
-    def mean(self, name: str) -> Tensor:
-        """E[x^2] [inputs] of the linear `name`."""
-        return self._sum[name] / self._count[name]
+    def mean(self, name: str) -> Tensor | None:
+        """E[x^2] [inputs] of the linear `name`; None for one that was given nothing, as an expert may be."""
+        return self._sum[name] / self._count[name] if name in self._sum else None

@@ -51,7 +51,7 @@ class Rtn:
             layers[name] = QuantLayer(quantize(weights[name], scheme, found, peak=peaks[name]))
             listen(number + 1, len(schemes), 0.0)
         before, after = (rounding_error(block, each, inputs, batches=batches) for each in (plain, layers))
-        return Tuned(layers, before, after)
+        return Tuned(layers, before, after, tuple(name for name in schemes if moments.mean(name) is None))
 
 
 @torch.no_grad()

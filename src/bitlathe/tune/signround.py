@@ -55,17 +55,19 @@ class SignRound:
             for name, scheme in schemes.items()
         }
         block.swap(tuned)
-        before, after = self._descend(block, list(tuned.values()), inputs, targets, listen)
+        before, after, reached = self._descend(block, list(tuned.values()), inputs, targets, listen)
         layers = {
             name: QuantLayer(quantize(weights[name], scheme, tuned[name].learned, peak=peaks[name]))
             for name, scheme in schemes.items()
         }
-        return Tuned(layers, before, after)
+        starved = tuple(name for name, linear in tuned.items() if self.iters and linear.offset not in reached)
+        return Tuned(layers, before, after, starved)
 
     def _descend(
         self, block: Block, tuned: list[TunedLinear], inputs: Hidden, targets: Hidden, listen: Listen
-    ) -> tuple[float, float]:
-        """Leave the best state in `tuned`; its error, and the error of the state it started from, on the held-out sequences."""
+    ) -> tuple[float, float, set[Tensor]]:
+        """Leave the best state in `tuned`; the error of the state it started from and its own, on the held-out sequences; and
+        the parameters that were reached, which those of an expert are only by tokens that chose it."""
         held, draws = self._split(len(inputs), block.index)
         bounded = [row for linear in tuned for row in linear.bounded()]
         parameters = [parameter for parameter, _, _ in bounded]
@@ -73,11 +75,13 @@ class SignRound:
         lr = self.options.lr or 1.0 / max(self.iters, 1)
         best = before = block_error(block, inputs, targets, batches=held)
         state = [parameter.detach().clone() for parameter in parameters]
+        reached: set[Tensor] = set()
         for iteration in range(self.iters):
             batch = next(draws)
             x = inputs[batch]
             output = forward(x)
-            gradients = torch.autograd.grad(output, parameters, _gradient(x, output, targets[batch]))
+            gradients = torch.autograd.grad(output, parameters, _gradient(x, output, targets[batch]), allow_unused=True)
+            reached.update(parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None)
             _step(bounded, gradients, lr=lr * (1 - iteration / self.iters))
             if (iteration + 1) % self.options.check_every == 0 or iteration + 1 == self.iters:
                 error = block_error(block, inputs, targets, batches=held)
@@ -86,7 +90,7 @@ class SignRound:
                     best, state = error, [parameter.detach().clone() for parameter in parameters]
         for parameter, kept in zip(parameters, state, strict=True):
             parameter.data.copy_(kept)
-        return before, best
+        return before, best, reached
 
     def _split(self, sequences: int, block: int) -> tuple[list[slice], Iterator[Tensor]]:
         """Held-out batches, and batches to learn from: every sequence once in a random order, then again in another."""
@@ -127,6 +131,7 @@ def _gradient(x: Tensor, output: Tensor, wanted: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _step(bounded: list[tuple[nn.Parameter, float, float]], gradients: tuple[Tensor, ...], *, lr: float) -> None:
+def _step(bounded: list[tuple[nn.Parameter, float, float]], gradients: tuple[Tensor | None, ...], *, lr: float) -> None:
     for (parameter, low, high), gradient in zip(bounded, gradients, strict=True):
-        parameter.sub_(gradient.sign_(), alpha=lr).clamp_(low, high)
+        if gradient is not None:
+            parameter.sub_(gradient.sign_(), alpha=lr).clamp_(low, high)

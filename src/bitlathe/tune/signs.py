@@ -57,7 +57,8 @@ def _read_once(block: Block, skeleton: Skeleton, plan: Plan) -> dict[str, LayerP
     drawn = set(drawn_for(skeleton, plan))
     for name in block.linears:
         if name in drawn:
-            found.setdefault(block.fused.get(name, name), name)
+            # Behind the gate every expert has a space of its own.
+            found.setdefault(name if skeleton.rows[name].reads == "mid" else block.fused.get(name, name), name)
     return {name: plan.linears[name] for name in found.values()}
 
 
