@@ -19,7 +19,7 @@ help:
 	@echo "make test    the tests                     make rules   only the house rules"
 	@echo "make lint    ruff                          make types   pyright"
 	@echo "make sizes   files and functions that have grown long"
-	@echo "make bench   the figures of docs/benchmarks.md; MODEL=, CALIB=, TEXT= choose what is measured"
+	@echo "make bench   the figures of docs/benchmarks.md; MODEL=, CALIB=, TEXT= and ONLY= (tables, by commas) choose what"
 	@echo "make format  let ruff rewrite              make clean   remove what the others made"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -53,7 +53,7 @@ sizes: $(INSTALLED)
 	$(BIN)/python tests/sizes.py
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks --model $(MODEL) --calib $(CALIB) --text $(TEXT)
+	$(BIN)/python -m benchmarks --model $(MODEL) --calib $(CALIB) --text $(TEXT) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf $(VENV) .ci-venv build dist demo-out bench-out .pytest_cache .ruff_cache .hypothesis src/*.egg-info

@@ -31,7 +31,11 @@ from bitlathe.recipe import merge
 # What the model is turned by -> fields of the recipe.
 Turns = Mapping[str, Mapping[str, object]]
 
-WHOLE: Turns = {"none": {}, "R1, R2, R4": {"rotate": "R1,R2,R4"}}
+WHOLE: Turns = {
+    "none": {},
+    "R1, R2, R4": {"rotate": "R1,R2,R4"},
+    "R1, R2, R4, clip .9": {"rotate": "R1,R2,R4", "act_clip": 0.9},
+}
 BLOCKS: Turns = {"none": {}, "R1, R2, R4 by 32": {"rotate": "R1,R2,R4", "rotation_block": 32}}
 
 # Weights that are rounded without text, where rounding is beside the point.
