@@ -48,7 +48,11 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "model.norm.weight": (128,),
     "lm_head.weight": (48, 128),
 }
-SCHEMES = ("W3A16", "W4A16G32", "W4A16G32_ASYM", "FP8_CHANNEL", "FP8_BLOCK", "MXFP4A16", "MXFP8A16", "NVFP4A16")
+# Scheme -> what the model is turned by. Rotations are sums in float64 rounded to bf16: their last bit does not reach a code.
+SCHEMES = dict.fromkeys(
+    ("W3A16", "W4A16G32", "W4A16G32_ASYM", "FP8_CHANNEL", "FP8_BLOCK", "MXFP4A16", "MXFP8A16", "NVFP4A16"), "none"
+)
+SCHEMES |= {"W4A4": "R1,R2,R4", "W8A8": "hadamard", "MXFP4": "R4"}
 FORMATS = ("native", "compressed-tensors")
 
 GOLDEN: dict[str, str] = {
@@ -56,6 +60,8 @@ GOLDEN: dict[str, str] = {
     "FP8_BLOCK native": "dfcef6b3a5905572",
     "FP8_CHANNEL compressed-tensors": "c4aeee86914964e6",
     "FP8_CHANNEL native": "41cabd15ec09b9c7",
+    "MXFP4 compressed-tensors": "3a788cb43c5c6f59",
+    "MXFP4 native": "e4ca51523c41615b",
     "MXFP4A16 compressed-tensors": "2579d2a2941c46de",
     "MXFP4A16 native": "63318b4957f38f78",
     "MXFP8A16 compressed-tensors": "b0d97ea9db5cc56f",
@@ -68,6 +74,10 @@ GOLDEN: dict[str, str] = {
     "W4A16G32 native": "e9986e48b879db40",
     "W4A16G32_ASYM compressed-tensors": "ed717e222de2f451",
     "W4A16G32_ASYM native": "bc92198e1b03d617",
+    "W4A4 compressed-tensors": "279fd6df48eb2556",
+    "W4A4 native": "ec97752f2d1c5d75",
+    "W8A8 compressed-tensors": "6b7c27a8b40a0353",
+    "W8A8 native": "371b4768e70813b2",
 }
 
 
@@ -110,9 +120,9 @@ def test_the_weights_are_the_recipe_s(model: Path) -> None:
 
 def test_no_byte_has_changed(model: Path, tmp_path: Path) -> None:
     found = {}
-    for scheme in SCHEMES:
+    for scheme, rotate in SCHEMES.items():
         out = tmp_path / scheme
         plain: dict[str, Any] = {"tuner": "rtn", "rtn": {"scale": "min-max"}, "device": "cpu", "overrides": {"lm_head": scheme}}
-        bitlathe.quantize(str(model), out=out, scheme=scheme, formats=FORMATS, **plain)
+        bitlathe.quantize(str(model), out=out, scheme=scheme, formats=FORMATS, rotate=rotate, **plain)
         found |= {f"{scheme} {format}": fingerprint(out / format) for format in FORMATS}
     assert found == GOLDEN, f"GOLDEN: dict[str, str] = {pformat(found)}"
