@@ -143,8 +143,13 @@ def _refuse(wanted: Outliers, skeleton: Skeleton, weights: Weights) -> None:
         raise RecipeError(f"channels cannot grow by {wanted.factor}: ask for a factor above 0, such as 30")
     if weights.plan is not None:
         raise CheckpointError(f"{weights.checkpoint.path} is quantized already. Use the original model instead")
+    family = skeleton.model.config.model_type
+    if skeleton.arch.experts is not None:
+        raise UnsupportedModel(
+            f"the family {family!r} has experts, and each a space of its own behind its gate, in which no outliers are made. "
+            "Take a family without, such as llama"
+        )
     if not skeleton.arch.folds("residual"):
-        family = skeleton.model.config.model_type
         raise UnsupportedModel(
             f"norms with gains write the residual stream of the family {family!r}, so it cannot be turned by folding and no "
             "outliers are made in it. Take a family with norms before its blocks alone, such as llama"
