@@ -162,7 +162,7 @@ class TurningQuantizer(CompressedTensorsHfQuantizer):
         self, model: PreTrainedModel, *, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
-        config = Checkpoint(folder).config["quantization_config"] if folder is not None else {}
+        config = Checkpoint(folder).config.get("quantization_config", {}) if folder is not None else {}
         self._online = {}
         if model.config.model_type in ARCHS:
             split_experts(model, ARCHS[model.config.model_type])
