@@ -96,7 +96,7 @@ class Block:
             attach_cache([self.module.get_submodule(self.inner(self.attention))], plan)
 
     @contextmanager
-    def watch(self, names: Mapping[str, Any], see: Any) -> Iterator[None]:
+    def watch(self, names: Iterable[str], see: Any) -> Iterator[None]:
         """While open, `see(name, x)` is called with all that the weights of the linears `names` multiply, [..., inputs]: their
         inputs as they are turned and rounded by then."""
         handles = [

@@ -48,10 +48,10 @@ def fold(skeleton: Skeleton, turns: Mapping[str, Turn]) -> dict[str, Edit]:
 
 def _of_linear(row: Linear, skeleton: Skeleton, turns: Mapping[str, Turn], there: Container[str]) -> dict[str, Edit]:
     name, edits = row.name, dict[str, Edit]()
-    columns = _per_head(turns.get(row.reads), row.reads, skeleton)
+    columns = per_head(turns[row.reads], row.reads, skeleton) if row.reads in turns else None
     gain = f"{row.norm}.weight" if row.norm is not None and row.reads in turns else None
     writes = "value" if row.writes == "qkv" else row.writes
-    rows = _per_head(turns.get(writes), writes, skeleton)
+    rows = per_head(turns[writes], writes, skeleton) if writes in turns else None
     # The values are the last rows of a matrix that holds the three.
     start = skeleton.linears[name][0] - skeleton.value_width if row.writes == "qkv" else 0
     if gain is not None:
@@ -63,10 +63,9 @@ def _of_linear(row: Linear, skeleton: Skeleton, turns: Mapping[str, Turn], there
     return edits
 
 
-def _per_head(one: Turn | None, space: str, skeleton: Skeleton) -> Turn | None:
-    if one is None or space != "value":
-        return one
-    return partial(_each_head, one=one, size=skeleton.head_size)
+def per_head(one: Turn, space: str, skeleton: Skeleton) -> Turn:
+    """The turn of a whole vector of `space`: of each of its heads for "value", of which `one` is the turn, otherwise `one`."""
+    return partial(_each_head, one=one, size=skeleton.head_size) if space == "value" else one
 
 
 def _each_head(x: Tensor, *, one: Turn, size: int) -> Tensor:

@@ -19,7 +19,7 @@ def static_scales(block: Block, plan: Plan, inputs: Hidden | None, *, batch_size
     inputs: what the block will receive. The block is as it was read: its linears turn their inputs and do not round them yet,
     so the ranges are those of what will be rounded, but for the rounding further up in the block.
     """
-    names = {name: None for name in block.linears if static(plan.linears[name].input)}
+    names = [name for name in block.linears if static(plan.linears[name].input)]
     if not names:
         return {}
     assert inputs is not None

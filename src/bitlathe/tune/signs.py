@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bitlathe.model.block import Block
+from bitlathe.model.fold import per_head
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.walk import Start, walk
 from bitlathe.model.weights import Weights
@@ -15,7 +17,7 @@ from bitlathe.numerics.activation import fake_quantize_input, static_scale
 from bitlathe.numerics.hadamard import turn, turn_back
 from bitlathe.numerics.rotation import Rotation
 from bitlathe.numerics.scheme import static
-from bitlathe.plan import LayerPlan, Plan
+from bitlathe.plan import Plan
 
 
 def errors_of(skeleton: Skeleton, weights: Weights, start: Start, plans: Sequence[Plan], *, batch_size: int) -> list[float]:
@@ -27,10 +29,11 @@ def errors_of(skeleton: Skeleton, weights: Weights, start: Start, plans: Sequenc
     NaN where no linear counts, or where a model's numbers are not finite.
     """
     totals, count = torch.zeros(len(plans), dtype=torch.float64), 0
+    drawn = set(drawn_for(skeleton, plans[0]))
     for step in walk(skeleton, weights, start, batch_size=batch_size):
         assert step.inputs is not None
         block, errors = step.block, _Errors(skeleton, plans)
-        with torch.no_grad(), block.watch(_read_once(block, skeleton, plans[0]), errors.see):
+        with torch.no_grad(), block.watch(_read_once(block, skeleton, drawn), errors.see):
             for batch in step.inputs.batches(batch_size):
                 block(step.inputs[batch])
         del block
@@ -51,15 +54,14 @@ def drawn_for(skeleton: Skeleton, plan: Plan) -> list[str]:
     return found
 
 
-def _read_once(block: Block, skeleton: Skeleton, plan: Plan) -> dict[str, LayerPlan]:
-    """The linears whose inputs are rounded and randomly turned; one of each group that reads the same."""
+def _read_once(block: Block, skeleton: Skeleton, drawn: Container[str]) -> list[str]:
+    """The linears of a block that are in `drawn`; one of each group that reads the same."""
     found: dict[str, str] = {}
-    drawn = set(drawn_for(skeleton, plan))
     for name in block.linears:
         if name in drawn:
             # Behind the gate every expert has a space of its own.
             found.setdefault(name if skeleton.rows[name].reads == "mid" else block.fused.get(name, name), name)
-    return {name: plan.linears[name] for name in found.values()}
+    return list(found.values())
 
 
 class _Errors:
@@ -74,11 +76,11 @@ class _Errors:
         row = self.plans[0].linears[name]
         assert first is not None and row.input is not None
         x = x.float()
-        plain = _per_space(x, first, turn_back, self.skeleton)
+        plain = per_head(partial(turn_back, rotation=first), first.space, self.skeleton)(x)
         lost = []
         for rotation in turns:
             assert rotation is not None
-            turned = _per_space(plain, rotation, turn, self.skeleton)
+            turned = per_head(partial(turn, rotation=rotation), rotation.space, self.skeleton)(plain)
             low, high = torch.aminmax(turned)
             fixed = static_scale(low, high, row.input, self.plans[0].dtype, clip=row.clip) if static(row.input) else None
             rounded = fake_quantize_input(turned, row.input, clip=row.clip, fixed=fixed)
@@ -93,8 +95,3 @@ def _rotation(plan: Plan, skeleton: Skeleton, name: str) -> Rotation | None:
     space = skeleton.rows[name].reads
     folded = next((rotation for rotation in plan.rotations if rotation.space == space), None)
     return online if online is not None else folded if skeleton.arch.folds(space) else None
-
-
-def _per_space(x: Tensor, rotation: Rotation, how: Callable[[Tensor, Rotation], Tensor], skeleton: Skeleton) -> Tensor:
-    size = skeleton.head_size if rotation.space == "value" else x.shape[-1]
-    return how(x.unflatten(-1, (-1, size)), rotation).flatten(-2)
