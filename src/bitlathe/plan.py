@@ -41,6 +41,10 @@ class LayerPlan(BaseModel):
     clip: float = Field(default=1.0, gt=0, le=1)
     online: Rotation | None = None
 
+    def fits(self, shape: tuple[int, int]) -> bool:
+        """Whether the blocks of weight and input divide the inputs of a linear of `shape` (outputs, inputs)."""
+        return all(scheme is None or scheme.fits(shape) for scheme in (self.weight, self.input))
+
 
 class Plan(BaseModel):
     """Every linear of a model and what happens to it.
@@ -204,7 +208,7 @@ def _refuse_idle(rotation: Rotation, rows: Mapping[str, Linear]) -> None:
 
 
 def _refuse_ragged(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:
-    unfit = {name: row for name, row in plan.linears.items() if not _fits(row, shapes[name])}
+    unfit = {name: row for name, row in plan.linears.items() if not row.fits(shapes[name])}
     if not unfit:
         return
     row = next(iter(unfit.values()))
@@ -218,7 +222,7 @@ def _refuse_ragged(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:
         for name, other in served.items()
         if other.weight is not None
         and (other.weight.grid, other.weight.asymmetric, other.input) == (row.weight.grid, row.weight.asymmetric, row.input)
-        and all(_fits(other, shapes[linear]) for linear in ragged)
+        and all(other.fits(shapes[linear]) for linear in ragged)
     ]
     instead = f"Of its kind these fit: {', '.join(fitting)}" if fitting else "No scheme of its kind fits"
     raise PlanError(
@@ -226,8 +230,3 @@ def _refuse_ragged(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:
         f"of {shown}{more}. {instead}. Choose {'one of them' if fitting else 'one of another kind'} for these linears with an "
         "override, or keep them in 16 bits"
     )
-
-
-def _fits(row: LayerPlan, shape: tuple[int, int]) -> bool:
-    """Whether the blocks of weight and input divide the inputs of a linear of `shape`."""
-    return all(scheme is None or scheme.fits(shape) for scheme in (row.weight, row.input))

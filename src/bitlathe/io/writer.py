@@ -35,6 +35,7 @@ from torch import Tensor
 
 from bitlathe.errors import OutputError, ResumeError
 from bitlathe.io.checkpoint import CONFIG, DTYPES, INDEX, TensorInfo, read_header
+from bitlathe.io.lines import line, whole_lines
 from bitlathe.io.sizes import human
 
 STATE = ".bitlathe"
@@ -119,7 +120,7 @@ class Writer:
         """
         if set(tensors) != set(self.streams) or not 0 <= index < self.shards:
             raise ValueError(f"shard {index} of {sorted(tensors)}: expected one of {self.shards} shards of {self.streams}")
-        line = _line({"shard": index, **record})
+        entry = line({"shard": index, **record})
         with self._disk():
             for stream, named in tensors.items():
                 with _aside(self._state / stream / self._name(index)) as aside:
@@ -128,13 +129,13 @@ class Writer:
                 # an append that failed half way (a full disk) is written over
                 journal.truncate(self._journal_end)
                 journal.seek(self._journal_end)
-                journal.write(line)
+                journal.write(entry)
                 journal.flush()
                 os.fsync(journal.fileno())
                 self._journal_end = journal.tell()
             with (self.out / PROGRESS).open("ab") as progress:
-                progress.write(_line(record))
-        self.done |= _records(line)
+                progress.write(line(record))
+        self.done |= _records(entry)
 
     def decide(self, name: str, choice: Any) -> None:
         """Make a choice of the run, as JSON, safe on disk: whoever continues the run finds it in `decided`.
@@ -214,7 +215,7 @@ class Writer:
 
     def _tell(self) -> None:
         """Bring what is said to those who watch to what is so: a kill may have come between the two."""
-        self._write(self.out / PROGRESS, b"".join(_line(record) for _, record in sorted(self.done.items())))
+        self._write(self.out / PROGRESS, b"".join(line(record) for _, record in sorted(self.done.items())))
 
     def _refuse_crowded(self) -> None:
         """Raise OutputError where the disk has no room for a run from the beginning. A run that is there had its answer."""
@@ -249,7 +250,7 @@ class Writer:
     def _resume(self) -> None:
         found = json.loads((self._state / "fingerprint").read_bytes())
         content = (self._state / "journal.jsonl").read_bytes()
-        good = b"".join(_whole_lines(content))
+        good = b"".join(whole_lines(content))
         records = _records(good)
         other = _differences(found, self._identity())
         if other:
@@ -449,18 +450,6 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _whole_lines(content: bytes) -> Iterator[bytes]:
-    """The journal's lines up to the first that a kill or a power cut left torn."""
-    for line in content.splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            return
-        if not line.endswith(b"\n") or not isinstance(record, dict):
-            return
-        yield line
-
-
 def _records(lines: bytes) -> dict[int, dict[str, Any]]:
     rows = [json.loads(line) for line in lines.splitlines()]
     return {row.pop("shard"): row for row in rows}
@@ -475,10 +464,6 @@ def _differences(found: Mapping[str, str], asked: Mapping[str, str]) -> str:
             readable = all(value and len(value) <= _READABLE and not _HASH.fullmatch(value) for value in (before, now))
             words.append(f"{name} ({before} -> {now})" if readable else name)
     return ", ".join(words)
-
-
-def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record).encode() + b"\n"
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -99,18 +99,31 @@ class Block:
     def watch(self, names: Iterable[str], see: Any) -> Iterator[None]:
         """While open, `see(name, x)` is called with all that the weights of the linears `names` multiply, [..., inputs]: their
         inputs as they are turned and rounded by then."""
-        handles = [
-            self.linear(name).stage.register_forward_hook(lambda _module, _inputs, x, name=name: see(name, x)) for name in names
-        ]
-        try:
+        with _hooked({name: self.linear(name).stage for name in names}, see):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    @contextmanager
+    def outputs(self, names: Iterable[str], see: Any) -> Iterator[None]:
+        """While open, `see(name, y)` is called with all that the linears `names` make, [..., outputs]."""
+        with _hooked({name: self.linear(name) for name in names}, see):
+            yield
 
     def inner(self, name: str) -> str:
         """A full name as the block's module knows it."""
         return name.removeprefix(f"{self.name}.") if self.name else name
+
+
+@contextmanager
+def _hooked(modules: Mapping[str, nn.Module], see: Any) -> Iterator[None]:
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: see(name, output))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def attach_cache(attentions: Iterable[nn.Module], plan: Plan) -> None:

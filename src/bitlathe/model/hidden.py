@@ -42,6 +42,12 @@ class Hidden:
         self._drop_pages()
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """[sequences, tokens, width]."""
+        sequences, tokens, width = self._data.shape
+        return sequences, tokens, width
+
+    @property
     def spilled(self) -> bool:
         """Whether these states lie in a file."""
         return self._pages is not None

@@ -6,7 +6,7 @@ These are the only loops over blocks. Whatever is done to every block (tuning, e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +74,71 @@ def walk(skeleton: Skeleton, weights: Weights, start: Start, *, batch_size: int)
         del block
 
 
+@dataclass(frozen=True)
+class Tape:
+    """What a walk back needs. calls: the blocks'; inputs: the hidden states that each block received; gradient: that of a loss by
+    the hidden states after the last block, which the walk replaces block by block."""
+
+    calls: list[dict[str, Any]]
+    inputs: Sequence[Hidden]
+    gradient: Hidden
+
+
+# What is done with the input of a linear, as its weight multiplies it [..., inputs], and the gradient by its output
+# [..., outputs], batch by batch.
+See = Callable[[str, Tensor, Tensor], None]
+
+
+def record(skeleton: Skeleton, weights: Weights, start: Start, budget: Budget, *, batch_size: int) -> list[Hidden]:
+    """Walk a start of one stream to its end, and keep what each block received."""
+    (stream,) = start.streams
+    kept = []
+    for _ in walk(skeleton, weights, start, batch_size=batch_size):
+        copy = budget.allocate(stream.shape, weights.dtype, weights.device)
+        for batch in stream.batches(batch_size):
+            copy[batch] = stream[batch]
+        kept.append(copy)
+    return kept
+
+
+def walk_back(
+    skeleton: Skeleton, weights: Weights, tape: Tape, *, batch_size: int, watch: Callable[[Block], See | None]
+) -> Iterator[Block]:
+    """Every block in turn, from the last, once the gradient has gone back through it.
+
+    watch: asked before, what is to be done with the linears of a block; None for nothing. After the last turn the gradient is
+    that by the hidden states before the first block.
+    """
+    for block in _read_ahead(skeleton, weights, tape.calls, order=range(skeleton.depth - 1, -1, -1)):
+        see = watch(block)
+        for batch in tape.gradient.batches(batch_size):
+            gradient = tape.gradient[batch]
+            tape.gradient[batch] = go_back(block, tape.inputs[block.index][batch], lambda _, given=gradient: given, see)
+        yield block
+        del block
+
+
+def go_back(block: Block, x_BTD: Tensor, gradient_of: Callable[[Tensor], Tensor], see: See | None) -> Tensor:
+    """The gradient by a block's input `x_BTD`, where `gradient_of` its output is that by the output.
+
+    see: called with what the block's linears read and the gradients by what they make; None for nothing.
+    """
+    read: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
+    with torch.enable_grad():
+        x = x_BTD.detach().requires_grad_()
+        watched = block.linears if see is not None else ()
+        with block.watch(watched, read.__setitem__), block.outputs(watched, made.__setitem__):
+            y = block(x)
+        names = list(made)
+        own, *gradients = torch.autograd.grad(y, [x, *made.values()], gradient_of(y.detach()), allow_unused=True)
+    if see is not None:
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:
+                see(name, read[name].detach(), gradient)
+    return own
+
+
 @torch.no_grad()
 def advance(block: Block, hidden: Hidden, batch_size: int) -> None:
     """Replace hidden states by the block's output for them."""
@@ -81,19 +146,21 @@ def advance(block: Block, hidden: Hidden, batch_size: int) -> None:
         hidden[batch] = block(hidden[batch])
 
 
-def _read_ahead(skeleton: Skeleton, weights: Weights, calls: list[dict[str, Any]]) -> Iterator[Block]:
-    """The blocks in order; while one is out, the next one's weights are being read: two at most are in memory, provided
-    that whoever takes a block lets go of it before asking for the next."""
+def _read_ahead(
+    skeleton: Skeleton, weights: Weights, calls: list[dict[str, Any]], order: Sequence[int] | None = None
+) -> Iterator[Block]:
+    """The blocks in order (None: as they are); while one is out, the next one's weights are being read: two at most are in
+    memory, provided that whoever takes a block lets go of it before asking for the next."""
+    left = list(range(skeleton.depth) if order is None else order)
 
-    def read(index: int) -> dict[str, Tensor]:
-        return weights.read(skeleton.parameters_of(skeleton.blocks[index])) if index < skeleton.depth else {}
+    def read() -> tuple[int, dict[str, Tensor]] | None:
+        return (index := left.pop(0), weights.read(skeleton.parameters_of(skeleton.blocks[index]))) if left else None
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
-        coming = reader.submit(read, 0)
-        for index in range(skeleton.depth):
-            tensors = coming.result()
-            coming = reader.submit(read, index + 1)
-            block = skeleton.block(index, tensors, calls[index] if calls else {}, weights)
-            del tensors
+        coming = reader.submit(read)
+        while (found := coming.result()) is not None:
+            coming = reader.submit(read)
+            block = skeleton.block(found[0], found[1], calls[found[0]] if calls else {}, weights)
+            del found
             yield block
             del block

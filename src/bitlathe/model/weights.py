@@ -28,7 +28,8 @@ class Weights:
 
     With a `format` the checkpoint is one of codes: a linear of `plan` is decoded and dequantized in the plan's dtype first,
     because that is the model that was made. Without one it is an original: `edits` says what becomes of its parameters on the
-    way, and `plan` what is going to be made of them. shapes: linear -> (outputs, inputs). tied: parameter -> the parameter
+    way, and `plan` what is going to be made of them. through: a dtype that they are rounded to on the way to `dtype`: that of a
+    result which will hold them. shapes: linear -> (outputs, inputs). tied: parameter -> the parameter
     whose tensor it shares in the checkpoint.
     """
 
@@ -40,6 +41,7 @@ class Weights:
     plan: Plan | None = None
     format: Format | None = None
     edits: Mapping[str, Edit] = field(default_factory=dict, repr=False)
+    through: torch.dtype | None = None
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The parameters `names`, as the file has them today: a second read gives the same tensors."""
@@ -52,10 +54,11 @@ class Weights:
         for name, stored in plain.items():
             tensor, edit = found[stored].to(self.device), self.edits.get(name)
             if edit is None:
-                read[name] = tensor.to(self.dtype)
+                made = tensor.to(self.through or self.dtype)
             else:
                 gain = None if edit.gain is None else found[edit.gain].to(self.device)
-                read[name] = edit(tensor, gain, dtype=self.dtype)
+                made = edit(tensor, gain, dtype=self.through or self.dtype)
+            read[name] = made.to(self.dtype)
         for name, linear in coded.items():
             layer = self.layer(linear)
             read[name] = dequantize(layer.weight, DTYPES[self._plan.dtype]).to(self.device, self.dtype)

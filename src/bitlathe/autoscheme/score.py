@@ -1,0 +1,177 @@
+"""What every option of every linear is predicted to lose, from one pass forward and one back.
+
+The KL divergence of a model whose weights and activations are slightly off is, to second order, half the squared change of its
+logits in the metric of its own predictions (its Fisher information): sampling each token's label from the model and taking
+gradients gives that metric without a Hessian. With g_t the gradient by a linear's output, x_t its input, T tokens:
+
+    weights       1/2T sum_ij F_ij dW_ij^2,             F_ij = sum_t g_ti^2 x_tj^2
+    activations   1/2T sum_ti g_ti^2 ((q(x_t) - x_t) W^T)_i^2
+
+F is made once for all options of the weights, by one matrix product. Rounding errors of different weights are taken for
+independent, which is why the diagonal serves. What dW is comes from the codes that would be written: rounded to nearest on the
+searched range. (The diagonal: Optimal Brain Damage, LeCun et al., 1990; sampled labels: Kunstner et al., arXiv:1905.12558.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitlathe.autoscheme.ground import Ground, Listen
+from bitlathe.autoscheme.kept import Kept, Score
+from bitlathe.model.block import Block
+from bitlathe.model.hidden import Budget, Hidden
+from bitlathe.model.static import static_scales
+from bitlathe.model.walk import Tape, begin, go_back, record, walk_back
+from bitlathe.numerics.activation import StaticScale, fake_quantize_input
+from bitlathe.numerics.project import fake_quantize, search
+from bitlathe.plan import LayerPlan
+from bitlathe.tune.base import Moments
+
+HEAD = "head"
+# What stands for the option of a linear that is quantized but not in play.
+FIXED = "fixed"
+
+
+def score(ground: Ground, kept: Kept, listen: Listen) -> None:
+    """Score every option of the linears in play that `kept` has no scores of, and keep them there.
+
+    At most two blocks of weights are in memory, and the hidden states that each block receives under the budget. A search that
+    was killed goes through the model again, and scores only what is left.
+    """
+    parts = [part_of(index) for index in range(ground.skeleton.depth)]
+    wanted = {*parts, HEAD}
+    if wanted <= kept.done:
+        return
+    budget = Budget(ground.memory, kept.work)
+    weights = ground.scored
+    start = begin(ground.skeleton, weights, ground.tokens, budget, streams=1)
+    listen("forward", 0, len(parts))
+    inputs = record(ground.skeleton, weights, start, budget, batch_size=ground.batch_size)
+    (last,) = start.streams
+    gradient = budget.allocate(last.shape, weights.dtype, weights.device)
+    _from_head(ground, kept, last, gradient)
+    seen: dict[str, _Seen] = {}
+
+    def watch(block: Block) -> _Seen | None:
+        part = part_of(block.index)
+        if part not in kept.done:
+            seen[part] = _Seen(ground, block, inputs[block.index])
+        return seen.get(part)
+
+    tape = Tape(start.calls, inputs, gradient)
+    for block in walk_back(ground.skeleton, weights, tape, batch_size=ground.batch_size, watch=watch):
+        part = part_of(block.index)
+        if part in seen:
+            kept.put(part, *seen.pop(part).found())
+        listen("score", ground.skeleton.depth - block.index, len(parts))
+
+
+def part_of(index: int) -> str:
+    """What a block is called in what is kept."""
+    return f"block-{index:04d}"
+
+
+def _from_head(ground: Ground, kept: Kept, last: Hidden, gradient: Hidden) -> None:
+    """Put the gradient by the last hidden states into `gradient`; score the head, if it is in play."""
+    head = ground.skeleton.head(ground.scored)
+    seen = None if HEAD in kept.done else _Seen(ground, head, last)
+    for window in range(len(last)):
+        # A number for each token, not a draw for each: the same on every device.
+        chances = torch.rand(last.shape[1], generator=torch.Generator().manual_seed(ground.seed * 1_000_003 + window))
+        parts, done = [], 0
+        for part in head.parts(last[window : window + 1]):
+            drawn = chances[done : done + part.shape[1]].to(part.device)
+            parts.append(go_back(head, part, lambda logits, drawn=drawn: _less_a_label(logits, drawn), seen))
+            done += part.shape[1]
+        gradient[window : window + 1] = torch.cat(parts, dim=1)
+    if seen is not None:
+        kept.put(HEAD, *seen.found())
+
+
+def _less_a_label(logits_BTV: Tensor, chances_T: Tensor) -> Tensor:
+    """The gradient by logits of the negative log-likelihood of labels that are drawn from them. chances: in [0, 1)."""
+    p = logits_BTV.float().softmax(-1)
+    sums = p.cumsum(-1)
+    label = torch.searchsorted(sums, chances_T.view(1, -1, 1) * sums[..., -1:], right=True)
+    label = torch.minimum(label, label.new_full((), p.shape[-1] - 1))
+    return p.scatter_add_(-1, label, torch.full_like(p[..., :1], -1.0)).to(logits_BTV.dtype)
+
+
+class _Seen:
+    """What is seen of a block's linears in play, and the scores that follow from it."""
+
+    def __init__(self, ground: Ground, block: Block, inputs: Hidden) -> None:
+        self.ground, self.block, self.rows = ground, block, ground.space.rows
+        self.names = [name for name in block.linears if name in self.rows]
+        self.tokens = ground.tokens.numel()
+        self.moments = Moments()
+        self.fixed = self._fixed(inputs)
+        self.fisher: dict[str, Tensor] = {}
+        self.lost: dict[tuple[str, str], Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        """Take in what the linear `name` reads [..., inputs] and the gradient by what it makes [..., outputs]."""
+        if not x.numel() or not self.ground.space.rounds(name):
+            return
+        self.moments.see(name, x)
+        if name not in self.rows:
+            return
+        squares = gradient.square().flatten(0, -2)
+        fisher = (squares.T @ x.square().flatten(0, -2)).float()
+        self.fisher[name] = self.fisher[name] + fisher if name in self.fisher else fisher
+        weight = self.block.linear(name).weight
+        same: dict[LayerPlan, Tensor] = {}
+        for option, row in self.rows[name].items():
+            if row.input is None:
+                continue
+            key = row.model_copy(update={"weight": None})
+            if key not in same:
+                error = fake_quantize_input(x, row.input, clip=row.clip, fixed=self.fixed.get((name, option))) - x
+                changed = torch.nn.functional.linear(error, weight).flatten(0, -2)
+                same[key] = (squares * changed.square()).sum(dtype=torch.float32)
+            self.lost[name, option] = self.lost.get((name, option), 0) + same[key]
+
+    def found(self) -> tuple[dict[str, dict[str, Score]], dict[str, Tensor]]:
+        """Linear -> option -> score, and what the codes of every option follow from."""
+        peaks = self.block.peaks(self.names)
+        scores = {name: self._scores(name, peaks[name]) for name in self.names}
+        tensors = {}
+        for name in self.block.linears:
+            mean = self.moments.mean(name)
+            if mean is not None:
+                tensors[f"{name}|moments"] = mean
+        for (name, option), fixed in self.fixed.items():
+            tensors[f"{name}|{option}|scale"] = fixed.scale
+            if fixed.zero is not None:
+                tensors[f"{name}|{option}|zero"] = fixed.zero
+        return scores, tensors
+
+    @torch.no_grad()
+    def _scores(self, name: str, peak: Tensor) -> dict[str, Score]:
+        weight, importance, fisher = self.block.weight(name), self.moments.mean(name), self.fisher.get(name)
+        scores = {}
+        for option, row in self.rows[name].items():
+            loss = 0.0
+            if row.weight is not None and fisher is not None:
+                learned = search(weight, row.weight, importance, peak=peak)
+                error = fake_quantize(weight, row.weight, learned, peak=peak, dtype=self.ground.dtype).float() - weight.float()
+                loss = (fisher * error.square_()).sum(dtype=torch.float64).item()
+            lost = self.lost.get((name, option))
+            scores[option] = Score(
+                weights=0.5 * loss / self.tokens, inputs=0.0 if lost is None else 0.5 * lost.item() / self.tokens
+            )
+        return scores
+
+    def _fixed(self, inputs: Hidden) -> dict[tuple[str, str], StaticScale]:
+        """Linear and option -> the static scale of its inputs, measured on the text."""
+        space, linears = self.ground.space, self.block.linears
+        rows = {option: {n: self.rows[n][option] for n in self.names if option in self.rows[n]} for option in space.options}
+        rows[FIXED] = {name: space.plan.linears[name] for name in linears if name not in self.rows}
+        fixed = {}
+        for option, own in rows.items():
+            plan = space.plan.model_copy(update={"linears": dict.fromkeys(linears, LayerPlan()) | own})
+            found = static_scales(self.block, plan, inputs, batch_size=self.ground.batch_size)
+            fixed |= {(name, option): scale for name, scale in found.items()}
+        return fixed
