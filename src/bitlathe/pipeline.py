@@ -9,53 +9,65 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from bitlathe.errors import CheckpointError
+from bitlathe.errors import CheckpointError, PlanError
 from bitlathe.formats import FORMATS
 from bitlathe.formats.base import Format, QuantLayer
 from bitlathe.io.writer import Writer
 from bitlathe.model.block import Block
-from bitlathe.model.hidden import Budget
 from bitlathe.model.static import static_scales
-from bitlathe.model.walk import Start, Step, begin, walk
+from bitlathe.model.walk import Start, Step, walk
 from bitlathe.plan import Plan
+from bitlathe.plan_file import fields_of, read_plan, refuse_both
 from bitlathe.prepare import CODES, Prepared, prepare
 from bitlathe.recipe import Recipe, merge
 from bitlathe.registry import resolve as named
 from bitlathe.report import BlockReport, Listener, Note, peak_memory
 from bitlathe.report import Step as Progress
 from bitlathe.result import finish, plan_of_finished
+from bitlathe.searching import mix, record_of
+from bitlathe.starting import best_signs, refuse_infinite, start_on
 from bitlathe.tune.base import Tuned
 from bitlathe.tune.rtn import Rtn
-from bitlathe.tune.signs import errors_of
 
-# Windows of the calibration text on which draws of random signs are compared.
-_DRAWN_ON = 8
-# What the run notes of the draw that it keeps.
-_SIGNS = "signs"
+# What the run notes of the draw that it keeps, and of the search.
+_SIGNS, _MIX = "signs", "mix"
 
 
 def quantize(
-    model: str, *, out: Path | str, scheme: str = "W4A16", restart: bool = False, listen: Listener | None = None, **fields: Any
+    model: str,
+    *,
+    out: Path | str,
+    plan: Plan | Path | str | None = None,
+    restart: bool = False,
+    listen: Listener | None = None,
+    **fields: Any,
 ) -> Plan:
     """Quantize a model into `out` and return the plan that was carried out.
 
-    model: a folder or a Hub id. fields: any other field of `Recipe`. restart: throw away what an earlier run left in `out`,
+    model: a folder or a Hub id. fields: any other field of `Recipe`, such as scheme="W4A16" (what every linear gets) or bits=4.5
+    (a search chooses). plan: instead of those two, what `search` returned, or the file of a plan. restart: throw away what an earlier run left in `out`,
     finished or not. listen: called with every event of `bitlathe.report`. A run that was interrupted continues when called
     again.
     Raises a BitlatheError before any weight is read when something asked for cannot be done.
     """
-    return run(
-        merge({"model": model, "out": out, "scheme": scheme, **fields}), restart=restart, listen=listen or (lambda event: None)
-    )
+    given = plan if isinstance(plan, Plan) else None
+    said = fields_of(given) if given is not None else {} if plan is None else read_plan(str(plan))
+    refuse_both(said, fields)
+    recipe = merge(said, {"model": model, "out": out, **fields})
+    return run(recipe, restart=restart, listen=listen or (lambda event: None), given=given)
 
 
-def run(recipe: Recipe, *, restart: bool, listen: Listener) -> Plan:
-    """Carry out a recipe."""
+def run(recipe: Recipe, *, restart: bool, listen: Listener, given: Plan | None = None) -> Plan:
+    """Carry out a recipe. given: the plan that it was made from."""
     began = time.perf_counter()
     ready = prepare(recipe)
+    if given is not None and given != ready.plan:
+        raise PlanError(
+            "the plan was changed in a way that names of schemes and fields of a recipe cannot say, so it would not be carried "
+            "out as it is. Write what you want with scheme, overrides, rotate and the other fields of a recipe"
+        )
     for note in ready.notes:
         listen(Note(note))
     depth = ready.skeleton.depth
@@ -73,7 +85,7 @@ def run(recipe: Recipe, *, restart: bool, listen: Listener) -> Plan:
         # As if the run had never been interrupted: what is told of time counts the runs before this one.
         began -= max((record["elapsed"] for record in writer.done.values()), default=0.0)
         try:
-            ready = _with_signs(ready, writer, listen)
+            ready = _with_mix(_with_signs(ready, writer, listen), writer, listen)
             _every_turn(ready, writer, listen, began=began)
         except CheckpointError as error:
             raise CheckpointError(
@@ -93,32 +105,22 @@ def _with_signs(ready: Prepared, writer: Writer, listen: Listener) -> Prepared:
     if ready.recipe.rotation_trials == 1:
         return ready
     if _SIGNS not in writer.decided:
-        writer.decide(_SIGNS, _best_signs(ready, writer, listen))
+        writer.decide(_SIGNS, best_signs(ready, writer.work, listen))
     draw, told = writer.decided[_SIGNS]["draw"], writer.decided[_SIGNS]["told"]
     listen(Note(told))
-    return replace(ready.planned(ready.plan.reseeded(draw)), notes=(*ready.notes, told))
+    return replace(ready.reseeded(draw), notes=(*ready.notes, told))
 
 
-def _best_signs(ready: Prepared, writer: Writer, listen: Listener) -> dict[str, Any]:
-    """Of the draws of random signs, the one with the least error of the activations, and what is told of it."""
-    assert ready.tokens is not None
-    plans = [ready.plan.reseeded(draw) for draw in range(ready.recipe.rotation_trials)]
-    tokens = ready.tokens[:_DRAWN_ON]
-    listen(Note(f"comparing {len(plans)} draws of random signs on {len(tokens)} windows of the calibration text"))
-    start = _begin(ready, writer, tokens, streams=1)
-    errors = errors_of(ready.skeleton, ready.weights, start, plans, batch_size=ready.recipe.batch_size)
-    if not all(map(isfinite, errors)):
-        told = (
-            f"the {len(plans)} draws of random signs cannot be compared: what the linears read on these windows is zero, "
-            f"infinite or NaN. The first one is taken, that of seed {ready.recipe.rotation_seed}"
-        )
-        return {"draw": 0, "told": told}
-    best = min(range(len(plans)), key=errors.__getitem__)
-    told = (
-        f"of {len(plans)} draws of random signs the one of seed {ready.recipe.rotation_seed + best} is kept: rounding the "
-        f"activations loses {errors[best]:.3%} of their squares, and {max(errors):.3%} with the worst"
-    )
-    return {"draw": best, "told": told}
+def _with_mix(ready: Prepared, writer: Writer, listen: Listener) -> Prepared:
+    """The same with the plan that a search chooses, where the recipe asks for one. Written down like the signs."""
+    if ready.space is None or ready.recipe.bits is None:
+        return ready
+    if _MIX not in writer.decided:
+        writer.decide(_MIX, record_of(mix(ready, [ready.recipe.bits], listen), ready.space))
+    found = writer.decided[_MIX]
+    listen(Note(found["told"]))
+    plan = ready.space.planned(found["choice"])
+    return replace(ready.planned(plan), notes=(*ready.notes, found["told"]), found=found)
 
 
 def _every_turn(ready: Prepared, writer: Writer, listen: Listener, *, began: float) -> None:
@@ -132,13 +134,7 @@ def _every_turn(ready: Prepared, writer: Writer, listen: Listener, *, began: flo
 def _start(ready: Prepared, writer: Writer) -> Start:
     if ready.tokens is None or not ready.text_streams:
         return Start([], ())
-    return _begin(ready, writer, ready.tokens, streams=ready.text_streams)
-
-
-def _begin(ready: Prepared, writer: Writer, tokens: Tensor, *, streams: int) -> Start:
-    _finite(ready.weights.read(ready.skeleton.parameters_of(ready.skeleton.arch.embed)), ready.plan.dtype)
-    budget = Budget(ready.recipe.memory.activations, writer.work)
-    return begin(ready.skeleton, ready.weights, tokens, budget, streams=streams)
+    return start_on(ready, writer.work, ready.tokens, streams=ready.text_streams)
 
 
 def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener, *, began: float) -> BlockReport:
@@ -152,7 +148,7 @@ def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener, *, bega
     started = time.perf_counter()
     schemes = {name: scheme for name, scheme in ready.plan.quantized.items() if name in block.linears}
     kept = _kept_tensors(ready, block, schemes)
-    _finite(kept, ready.plan.dtype)
+    refuse_infinite(kept, ready.plan.dtype)
     fixed = static_scales(block, ready.plan, step.inputs, batch_size=ready.recipe.batch_size)
     block.quantize_inputs(ready.plan, fixed)
     tuned = _tune(ready, step, schemes, listen)
@@ -206,16 +202,6 @@ def _kept_tensors(ready: Prepared, block: Block, schemes: Mapping[str, Any]) -> 
         names = [name for name in skeleton.shapes if not name.startswith(f"{skeleton.arch.blocks}.")]
     coded = {f"{name}.weight" for name in schemes}
     return {name: tensor.cpu() for name, tensor in ready.weights.read(name for name in names if name not in coded).items()}
-
-
-def _finite(tensors: Mapping[str, Tensor], dtype: str) -> None:
-    """Refuse a checkpoint whose tensors would make every prediction NaN, kept in 16 bits or not."""
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            wider = ", or they overflow fp16: try --dtype bf16" if dtype == "fp16" else ""
-            raise CheckpointError(
-                f"{name} has infinite or NaN values in {dtype}. The checkpoint is damaged{wider}. Download it again, or mend it"
-            )
 
 
 def _note(name: str, tuned: Tuned, dtype: str) -> str | None:

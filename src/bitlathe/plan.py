@@ -17,6 +17,7 @@ from bitlathe.arch import Arch, Linear
 from bitlathe.errors import PlanError
 from bitlathe.numerics.rotation import Rotation, largest_block, largest_fit
 from bitlathe.numerics.scheme import GRIDS, PRESETS, Scheme, name_of, preset_named
+from bitlathe.registry import did_you_mean
 
 KEEP = "keep"
 
@@ -45,6 +46,10 @@ class LayerPlan(BaseModel):
         """Whether the blocks of weight and input divide the inputs of a linear of `shape` (outputs, inputs)."""
         return all(scheme is None or scheme.fits(shape) for scheme in (self.weight, self.input))
 
+    def reseeded(self, by: int) -> LayerPlan:
+        """The same with other random signs: see `Plan.reseeded`."""
+        return self if self.online is None else self.model_copy(update={"online": _reseeded(self.online, by)})
+
 
 class Plan(BaseModel):
     """Every linear of a model and what happens to it.
@@ -70,10 +75,7 @@ class Plan(BaseModel):
 
     def reseeded(self, by: int) -> Plan:
         """The same with other random signs: every seed of a random rotation raised by `by`."""
-        linears = {
-            name: row if row.online is None else row.model_copy(update={"online": _reseeded(row.online, by)})
-            for name, row in self.linears.items()
-        }
+        linears = {name: row.reseeded(by) for name, row in self.linears.items()}
         rotations = tuple(_reseeded(rotation, by) for rotation in self.rotations)
         return self.model_copy(update={"linears": linears, "rotations": rotations})
 
@@ -99,12 +101,12 @@ def resolve(
     one of its own ("" where nothing does).
 
     Returns the plan, and for every linear kept in 16 bits the reason. Raises RecipeError for an unknown scheme name, and
-    PlanError for an override that matches nothing, a tied weight, or blocks that do not divide a linear's inputs.
+    PlanError for an override that matches nothing or a tied weight.
     """
     chosen = {name: KEEP if name in kept else scheme for name in shapes}
     reasons = dict(kept)
     for glob, wanted in overrides.items():
-        matched = [name for name in shapes if fnmatchcase(name, glob)]
+        matched = [glob] if glob in shapes else [name for name in shapes if fnmatchcase(name, glob)]
         if not matched:
             raise PlanError(
                 f"the override {glob!r} matches none of the {len(shapes)} linears. Names look like {next(iter(shapes))!r}; "
@@ -123,8 +125,35 @@ def resolve(
                 f"{name} shares its weight with the embeddings, so {reasons[name]} cannot be done: leave it in 16 bits, with "
                 f"--override {name}={KEEP} after that one{parted and f', or give it a weight of its own with {parted}'}"
             )
-    _refuse_ragged(plan, shapes)
     return plan, {name: reasons[name] for name, row in plan.linears.items() if row.weight is None}
+
+
+def explicit(linears: Mapping[str, str], shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
+    """Raise PlanError unless `linears` (name -> scheme or "keep") names every linear of `shapes` and no other module, and gives
+    those that are served as one matrix one scheme. fused: linear -> label of its group."""
+    missing = [name for name in shapes if name not in linears]
+    strange = [name for name in linears if name not in shapes]
+    if missing or strange:
+        name = (strange or missing)[0]
+        which = f"names {name}, which the model does not have" if strange else f"does not name {name}, which the model has"
+        more = f" ({len(missing) + len(strange) - 1} more such names)" if len(missing) + len(strange) > 1 else ""
+        raise PlanError(
+            f"the plan {which}{more}.{did_you_mean(name, missing if strange else [])} A plan has a line for every linear, a "
+            f"scheme or {KEEP}: make it with bitlathe search for this very model"
+        )
+    groups: dict[str, dict[str, str]] = {}
+    for name, label in fused.items():
+        if name in linears:
+            groups.setdefault(label, {})[linears[name]] = name
+    split = [(label, found) for label, found in groups.items() if len(found) > 1]
+    if split:
+        label, found = split[0]
+        told = ", ".join(f"{name} {scheme}" for scheme, name in found.items())
+        more = f" ({len(split) - 1} more such groups)" if len(split) > 1 else ""
+        raise PlanError(
+            f"the plan gives the linears of {label} different schemes: {told}{more}. Engines run them as one matrix and load "
+            "nothing else: give the whole group one scheme"
+        )
 
 
 def with_inputs(plan: Plan, *, asymmetric: bool, clip: float) -> Plan:
@@ -207,7 +236,8 @@ def _refuse_idle(rotation: Rotation, rows: Mapping[str, Linear]) -> None:
     )
 
 
-def _refuse_ragged(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:
+def refuse_ragged(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise PlanError where blocks do not divide a linear's inputs. shapes: linear -> (outputs, inputs)."""
     unfit = {name: row for name, row in plan.linears.items() if not row.fits(shapes[name])}
     if not unfit:
         return

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
 from bitlathe.arch import Arch
-from bitlathe.errors import CheckpointError, OutputError, PlanError
+from bitlathe.autoscheme.space import Space
+from bitlathe.errors import CalibrationError, CheckpointError, OutputError
 from bitlathe.formats import FORMATS
 from bitlathe.formats.base import Format
 from bitlathe.formats.ct_experts import read_alone
@@ -26,25 +27,35 @@ from bitlathe.model.fold import edits_of
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.source import device_named, open_model, stored_dtype
 from bitlathe.model.weights import DTYPES, Weights
-from bitlathe.numerics.scheme import KV_SCHEMES, static
-from bitlathe.plan import LayerPlan, Plan, resolve, rotated, with_inputs
+from bitlathe.numerics.scheme import static
+from bitlathe.plan import Plan
+from bitlathe.planning import planned, spaced
 from bitlathe.recipe import Recipe
 from bitlathe.registry import resolve as named
 from bitlathe.tune import TUNERS
 from bitlathe.tune.base import Tuner
-from bitlathe.tune.signs import drawn_for
 from bitlathe.version import VERSION
-
-# Why a router is kept.
-_ROUTER = "routers choose the experts, and are never quantized"
 
 # The stream of shards that a resumed run reads its finished blocks from, whatever formats are asked for.
 CODES = "native"
 
 
 @dataclass(frozen=True)
+class Text:
+    """Windows [windows, tokens] of the calibration text: to tune on, for a search to score on, and to measure on."""
+
+    tokens: Tensor | None = None
+    scored: Tensor | None = None
+    held_out: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """A recipe that has been found possible: everything that is known before the first weight is read."""
+    """A recipe that has been found possible: everything that is known before the first weight is read.
+
+    space: what a search may choose from, where the recipe asks for one; found: what it found, as JSON, once it has. Until then
+    `plan` gives the linears in play some scheme of the space.
+    """
 
     recipe: Recipe
     skeleton: Skeleton
@@ -53,8 +64,15 @@ class Prepared:
     kept: dict[str, str]
     formats: dict[str, Format]
     tuner: Tuner
-    tokens: Tensor | None
+    text: Text
     notes: tuple[str, ...]
+    space: Space | None = None
+    found: dict[str, Any] | None = None
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """The windows to tune on; None where no text is read."""
+        return self.text.tokens
 
     @property
     def text_streams(self) -> int:
@@ -70,6 +88,10 @@ class Prepared:
     def planned(self, plan: Plan) -> Prepared:
         """The same with another plan of the same linears, and the weights read as it says."""
         return replace(self, plan=plan, weights=replace(self.weights, plan=plan, edits=edits_of(self.skeleton, plan)))
+
+    def reseeded(self, by: int) -> Prepared:
+        """The same with other random signs: see `Plan.reseeded`."""
+        return replace(self.planned(self.plan.reseeded(by)), space=self.space and self.space.reseeded(by))
 
     def bytes_needed(self) -> int:
         """What the streams and spilled hidden states will take on the disk, about."""
@@ -104,12 +126,17 @@ class Prepared:
 
 def prepare(recipe: Recipe) -> Prepared:
     """Everything that can be refused is refused here, before a weight is read."""
-    device = device_named(recipe.device)
-    formats = {name: named(name, FORMATS, "format")() for name in recipe.formats}
-    tuner = named(recipe.tuner, TUNERS, "tuner").of(recipe.tuning())
     if Path(recipe.model).expanduser().is_dir():
         _refuse_nested(recipe.out, Path(recipe.model).expanduser())
     refuse_foreign(recipe.out)  # before anything is downloaded
+    return prepare_search(recipe, [] if recipe.bits is None else [recipe.bits])
+
+
+def prepare_search(recipe: Recipe, budgets: Sequence[float]) -> Prepared:
+    """The same but for the folder of the result, which a search alone does not have. budgets: bits a weight; none for no search."""
+    device = device_named(recipe.device)
+    formats = {name: named(name, FORMATS, "format")() for name in recipe.formats}
+    tuner = named(recipe.tuner, TUNERS, "tuner").of(recipe.tuning())
     checkpoint = Checkpoint(recipe.model)
     stored = stored_dtype(checkpoint)
     asked = recipe.dtype if recipe.dtype != "auto" else stored
@@ -118,46 +145,22 @@ def prepare(recipe: Recipe) -> Prepared:
     if weights.plan is not None:
         raise CheckpointError(f"{checkpoint.path} is quantized already. Quantize the original model instead")
     notes = _unused(checkpoint, skeleton)
-    plan, reasons = _planned(recipe, skeleton, dtype)
+    space = None
+    if budgets:
+        space, reasons, told = spaced(recipe, skeleton, dtype, formats=list(formats.values()), budgets=budgets)
+        plan, notes = space.plan, (*notes, *told)
+    else:
+        plan, reasons = planned(recipe, skeleton, dtype)
     skeleton = skeleton.untie() if plan.untied else skeleton
     for format in formats.values():
         format.check(plan, skeleton.linears, skeleton.fused)
-    ready = Prepared(recipe, skeleton, weights, plan, reasons, formats, tuner, None, ()).planned(plan)
-    reads = ready.text_streams or recipe.rotation_trials > 1
-    tokens, told = _calibration(recipe, skeleton, checkpoint.path) if reads else (None, ())
+    ready = Prepared(recipe, skeleton, weights, plan, reasons, formats, tuner, Text(), (), space).planned(plan)
+    reads = ready.text_streams or recipe.rotation_trials > 1 or space is not None
+    text, told = _calibration(recipe, skeleton, checkpoint.path, searched=space is not None) if reads else (Text(), ())
     notes = (*told, *notes, *notes_on(plan, skeleton.arch, recipe.formats))
     if dtype != stored:
         notes = (*notes, f"the model is stored in {stored}; the result and everything measured on the way is in {dtype}")
-    return replace(ready, tokens=tokens, notes=notes)
-
-
-def _planned(recipe: Recipe, skeleton: Skeleton, dtype: Literal["bf16", "fp16"]) -> tuple[Plan, dict[str, str]]:
-    """What happens to every linear, and why some are kept."""
-    wanted = recipe.rotations()
-    folds = skeleton.arch.folds("residual")
-    unties = folds and any(rotation.space == "residual" for rotation in wanted)
-    parted = "--rotate R1" if folds else ""
-    shared = {} if unties else {name.removesuffix(".weight"): parted for name in skeleton.tied}
-    head = skeleton.arch.head
-    kept = {head: "shares its weight with the embeddings" if shared else "the output head stays in 16 bits unless asked for"}
-    shapes = {name: shape for name, shape in skeleton.linears.items() if not skeleton.rows[name].router}
-    plan, reasons = resolve(shapes, recipe.scheme, recipe.overrides, dtype=dtype, kept=kept, tied=shared)
-    rows = {name: plan.linears.get(name, LayerPlan()) for name in skeleton.linears}
-    plan = plan.model_copy(update={"linears": rows})
-    reasons |= {name: _ROUTER for name in rows if name not in shapes}
-    if not plan.quantized:
-        raise PlanError("every linear is kept in 16 bits, so there is nothing to do: give a scheme, or fewer overrides")
-    plan = with_inputs(plan, asymmetric=recipe.act_asymmetric, clip=recipe.act_clip)
-    if recipe.kv is not None:
-        plan = plan.model_copy(update={"kv": KV_SCHEMES[recipe.kv].served_in(dtype)})
-    plan = rotated(plan, wanted, skeleton.arch, skeleton.rows, widths=skeleton.widths, tied=bool(skeleton.tied))
-    if recipe.rotation_trials > 1 and not drawn_for(skeleton, plan):
-        raise PlanError(
-            "--rotation-trials keeps the random signs with the least error of the activations, and no linear of a block both "
-            "rounds its activations and reads what a random rotation turns. Leave it out, or ask for a scheme such as W4A4 "
-            "where R1, R2 or R4:random turns"
-        )
-    return plan, reasons
+    return replace(ready, text=text, notes=notes)
 
 
 def notes_on(plan: Plan, arch: Arch, formats: Iterable[str]) -> tuple[str, ...]:
@@ -222,14 +225,30 @@ def _refuse_nested(out: Path, source: Path) -> None:
         raise OutputError(f"the model {source} is inside of --out {out}. Choose another folder for the result")
 
 
-def _calibration(recipe: Recipe, skeleton: Skeleton, folder: Path) -> tuple[Tensor, tuple[str, ...]]:
+def _calibration(recipe: Recipe, skeleton: Skeleton, folder: Path, *, searched: bool) -> tuple[Text, tuple[str, ...]]:
+    """The text's windows, and what to say of them. searched: some are for a search, and some are held out from it."""
     tokenizer = tokenizer_of(folder)
-    documents = text_of(recipe.calib, "calibration", characters=characters_for(recipe.samples, recipe.seqlen))
-    tokens = windows_of(tokenizer, documents, seqlen=recipe.seqlen, count=recipe.samples, seed=recipe.seed)
+    score, hold = (
+        max(1, tokens // recipe.seqlen) if searched else 0 for tokens in (recipe.search.tokens, recipe.search.held_out)
+    )
+    wanted = max(recipe.samples, score) + hold
+    documents = text_of(recipe.calib, "calibration", characters=characters_for(wanted, recipe.seqlen))
+    tokens = windows_of(tokenizer, documents, seqlen=recipe.seqlen, count=wanted, seed=recipe.seed)
     refuse_strange_tokens(tokens, skeleton.model.config.vocab_size, folder)
-    if len(tokens) < recipe.samples:
-        return tokens, (
-            f"the calibration text holds {len(tokens)} windows of {recipe.seqlen} tokens, fewer than --samples "
-            f"{recipe.samples}: all of them are used",
+    if searched and len(tokens) < 2:
+        raise CalibrationError(
+            f"the calibration text {recipe.calib!r} holds one window of {recipe.seqlen} tokens, and a search needs another one to "
+            "measure on. Use a longer text, or a shorter --seqlen"
         )
-    return tokens, ()
+    # A short text keeps a quarter for that.
+    hold = min(hold, max(1, len(tokens) // 4))
+    rest = tokens[: len(tokens) - hold]
+    text = Text(rest[: recipe.samples], rest[:score], tokens[len(rest) :]) if searched else Text(tokens)
+    assert text.tokens is not None
+    if len(text.tokens) == recipe.samples:
+        return text, ()
+    return text, (
+        f"the calibration text holds {len(tokens)} windows of {recipe.seqlen} tokens, too few for --samples {recipe.samples}"
+        + (f" and {hold} to measure a search on" if searched else "")
+        + ": all of them are used",
+    )

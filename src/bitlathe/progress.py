@@ -8,8 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bitlathe.io.sizes import human
-from bitlathe.report import BlockReport, Event, Listener, Note, Step
+from bitlathe.report import BlockReport, Event, Listener, Note, Searching, Step
 from bitlathe.tables import duration
+
+# What a search is doing, in words.
+_SEARCHES: dict[str, str] = {"forward": "search: forward", "score": "search: scores", "measure": "search: measuring"}
 
 
 class Display:
@@ -20,7 +23,7 @@ class Display:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} steps, loss {task.fields[loss]:.3g}"),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[told]}"),
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
@@ -36,19 +39,22 @@ class Display:
 
     def _see(self, event: Event) -> None:
         match event:
-            case Step():
-                self._step(event)
+            case Step(block, blocks, step, steps, loss):
+                self._show(f"block {block + 1}/{blocks}", step, steps, f"steps, loss {loss:.3g}")
+            case Searching(what, done, of):
+                self._show(_SEARCHES[what], done, of, "blocks")
+                if done == of:
+                    self._clear()
             case BlockReport():
                 self._clear()
                 self._console.print(block_line(event))
             case Note():
                 self._console.print(event.text, markup=False)
 
-    def _step(self, step: Step) -> None:
-        words = f"block {step.block + 1}/{step.blocks}"
+    def _show(self, words: str, done: int, of: int, told: str) -> None:
         tasks = self._bar.task_ids
-        task = tasks[0] if tasks else self._bar.add_task(words, total=step.steps, loss=step.loss)
-        self._bar.update(task, description=words, completed=step.step, total=step.steps, loss=step.loss)
+        task = tasks[0] if tasks else self._bar.add_task(words, total=of, told=told)
+        self._bar.update(task, description=words, completed=done, total=of, told=told)
 
     def _clear(self) -> None:
         for task in self._bar.task_ids:

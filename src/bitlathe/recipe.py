@@ -29,6 +29,7 @@ from pydantic import (
     model_validator,
 )
 
+from bitlathe.autoscheme.options import SearchOptions
 from bitlathe.errors import RecipeError
 from bitlathe.formats import ALIASES, FORMATS
 from bitlathe.io.sizes import parse_size
@@ -41,6 +42,8 @@ from bitlathe.tune.options import RtnOptions, SignRoundOptions, TuneOptions
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _NONE = "none"
+# Fields that change neither the numbers nor the files of the result, or are told by what they stand for.
+_APART = {"model", "out", "calib", "device", "memory", "scores"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,11 @@ class Recipe(BaseModel):
     """What is asked for; everything but `model` and `out` has a default.
 
     model: a folder, a Hub id, or "builtin". out: the folder of the result. scheme: the name of the scheme that every linear
-    gets. overrides: glob over full linear names -> scheme name or "keep"; the last that matches wins. rotate: names in
+    gets. overrides: glob over full linear names -> scheme name or "keep"; the last that matches wins. linears: instead of those
+    two, every linear by its full name -> scheme name or "keep", as a search finds them. bits: instead of a scheme, average bits a
+    weight: a search chooses for every linear one of `schemes` (names, or "keep"; by default some that suit bits and formats).
+    include: globs over names or their last parts, of what joins it though it is kept unless asked for, the head and the
+    embeddings. groups: lists of globs; what they match gets one scheme. rotate: names in
     ROTATIONS, each alone or with a kind ("R4:random", "R1:hadamard"); "hadamard" is R1 and R2, "none" nothing. rotation_block:
     size of the diagonal blocks of all of them; None turns whole spaces, and before down_proj the largest power of two in its
     width. rotation_seed: of their random signs. rotation_trials: how many vectors of signs are drawn, of which the best is
@@ -98,8 +105,9 @@ class Recipe(BaseModel):
     1. kv: the scheme of cached keys and values, a name in KV_SCHEMES or its bits; None keeps them. formats: the checkpoints
     written. tuner: how codes are found. iters: its steps a block. batch_size: sequences a step. calib: a data set on the Hub, a
     text file, or "builtin". samples, seqlen: calibration windows and their length in tokens. device: auto, cpu, cuda or cuda:i.
-    dtype: of what stays in 16 bits; auto follows the model. seed: of every random choice but the signs of rotations. memory,
-    rtn, signround: see their types.
+    dtype: of what stays in 16 bits; auto follows the model. seed: of every random choice but the signs of rotations. scores: the
+    folder in which what a search finds out is kept; None is one in the user's cache. memory, search, rtn, signround: see their
+    types.
 
     Raises RecipeError, naming the field, for anything that is not understood.
     """
@@ -110,6 +118,11 @@ class Recipe(BaseModel):
     out: Path
     scheme: str = "W4A16"
     overrides: dict[str, str] = {}
+    linears: dict[str, str] = {}
+    bits: float | None = Field(default=None, gt=0, le=16)
+    schemes: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
     rotate: tuple[str, ...] = ()
     rotation_block: PositiveInt | None = None
     rotation_seed: NonNegativeInt = 0
@@ -128,6 +141,8 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "bf16", "fp16"] = "auto"
     seed: NonNegativeInt = 0
     memory: Memory = Field(default_factory=Memory)
+    scores: Path | None = None
+    search: SearchOptions = Field(default_factory=SearchOptions)
     rtn: RtnOptions = Field(default_factory=RtnOptions)
     signround: SignRoundOptions = Field(default_factory=SignRoundOptions)
 
@@ -144,11 +159,27 @@ class Recipe(BaseModel):
     def _text(cls, value: Any) -> Any:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
 
-    @field_validator("out")
+    @model_validator(mode="after")
+    def _one_way(self) -> Recipe:
+        """One way to say what a linear gets."""
+        given = self.model_fields_set
+        if self.bits is not None:
+            other = [name for name in ("scheme", "linears") if name in given and getattr(self, name)]
+            if other:
+                raise ValueError(f"bits asks for a search, and {other[0]} says what it would choose: leave one of the two out")
+        elif lone := [name for name in ("schemes", "include", "groups") if getattr(self, name)]:
+            raise ValueError(
+                f"{lone[0]} is for a search, and none is asked for: give bits as well, such as 4.5, or leave it out"
+            )
+        if self.linears and (other := [name for name in ("scheme", "overrides") if name in given and getattr(self, name)]):
+            raise ValueError(f"linears says what every linear gets, and so does {other[0]}: leave one of the two out")
+        return self
+
+    @field_validator("out", "scores")
     @classmethod
-    def _home(cls, folder: Path) -> Path:
+    def _home(cls, folder: Path | None) -> Path | None:
         try:
-            return folder.expanduser()
+            return folder and folder.expanduser()
         except RuntimeError as error:
             raise ValueError("its ~ names nobody's home folder; write the path in full") from error
 
@@ -157,10 +188,28 @@ class Recipe(BaseModel):
     def _scheme(cls, name: str) -> str:
         return _known_scheme(name)
 
-    @field_validator("overrides")
+    @field_validator("schemes", mode="before")
+    @classmethod
+    def _schemes(cls, names: Any) -> tuple[str, ...]:
+        schemes = tuple(_known_option(part) for part in _parts(names)) if names else ()
+        if len(set(schemes)) < len(schemes):
+            raise ValueError(f"a scheme is named twice: {', '.join(schemes)}")
+        return schemes
+
+    @field_validator("include", mode="before")
+    @classmethod
+    def _include(cls, globs: Any) -> tuple[str, ...]:
+        return tuple(_parts(globs)) if globs else ()
+
+    @field_validator("groups", mode="before")
+    @classmethod
+    def _groups(cls, groups: Any) -> Any:
+        return tuple(tuple(_parts(group)) for group in groups) if isinstance(groups, list | tuple) else groups
+
+    @field_validator("overrides", "linears")
     @classmethod
     def _overrides(cls, wanted: dict[str, str]) -> dict[str, str]:
-        return {glob: KEEP if name.lower() == KEEP else _known_scheme(name) for glob, name in wanted.items()}
+        return {glob: _known_option(name) for glob, name in wanted.items()}
 
     @field_validator("rotate", mode="before")
     @classmethod
@@ -220,7 +269,7 @@ class Recipe(BaseModel):
         longer = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
         return longer.get(name.lower(), name.lower()) if isinstance(name, str) else name
 
-    @field_validator("memory", "rtn", "signround", mode="before")
+    @field_validator("memory", "search", "rtn", "signround", mode="before")
     @classmethod
     def _section(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, Mapping | BaseModel):
@@ -245,10 +294,10 @@ class Recipe(BaseModel):
         """The fields that can change the numbers or the files of the result, as plain values.
 
         A field in a section is named as after `--set`: "signround.lr". Left out: where the result goes, how much memory may be
-        used, and what a run is told by in another way: the model and the text by their content, the device by what it is.
+        used, where scores are kept, and what a run is told by in another way: the model and the text by their content, the device by what it is.
         """
         plain: dict[str, Any] = {}
-        for name, value in self.model_dump(mode="json", exclude={"model", "out", "calib", "device", "memory"}).items():
+        for name, value in self.model_dump(mode="json", exclude=_APART).items():
             plain |= {f"{name}.{key}": part for key, part in value.items()} if name in _SECTIONS else {name: value}
         return plain
 
@@ -354,6 +403,11 @@ def _turn(typed: str) -> tuple[str, Literal["hadamard", "random"]]:
     raise ValueError(f"unknown kind of rotation {typed!r}. Known: {name.upper()}:hadamard, {name.upper()}:random (its signs)")
 
 
+def _known_option(name: str) -> str:
+    """The table's spelling of a scheme, or "keep", which people also know by the name of a 16-bit dtype."""
+    return KEEP if name.lower() in (KEEP, "bf16", "fp16") else _known_scheme(name)
+
+
 def _known_scheme(name: str) -> str:
     try:
         return canonical_name(name)
@@ -361,7 +415,12 @@ def _known_scheme(name: str) -> str:
         raise ValueError(str(error)) from error
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"memory": Memory, "rtn": RtnOptions, "signround": SignRoundOptions}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "memory": Memory,
+    "search": SearchOptions,
+    "rtn": RtnOptions,
+    "signround": SignRoundOptions,
+}
 
 
 def _fields_of(section: str) -> str:

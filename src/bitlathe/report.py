@@ -79,7 +79,16 @@ class Note:
     text: str
 
 
-Event = BlockReport | Step | Note
+@dataclass(frozen=True)
+class Searching:
+    """How far a search is: "forward", "score" or "measure", and how many blocks of that are done."""
+
+    what: str
+    done: int
+    of: int
+
+
+Event = BlockReport | Step | Note | Searching
 Listener = Callable[[Event], None]
 
 

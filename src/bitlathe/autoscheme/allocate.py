@@ -1,16 +1,17 @@
 """The best option for every group within a budget: the multiple-choice knapsack, solved exactly.
 
-Groups are taken one after the other. A state is what the groups so far may cost: a size and the least loss for that size. Of two
-states the one that is neither smaller nor better is dropped, and so is every state that cannot end below the best solution that
-is known: what the other groups lose at the least is bounded by letting them mix two options each (the linear relaxation, whose
-optimum walks down the lower convex hulls of their options, steepest step first). The bound is so close that few states are
-left, and nothing is rounded: sizes are integers. (Kellerer, Pferschy, Pisinger, "Knapsack Problems", chapter 11.)
+Groups are taken one after the other. A state is what the groups so far may cost: a size and the least loss for that size. Of
+two states the one that is neither smaller nor better is dropped, and so is every state that cannot end below the best solution
+that is known: what the other groups lose at the least is bounded by letting them mix two options each (the linear relaxation,
+whose optimum walks down the lower convex hulls of their options, steepest step first). The bound is so close that few states
+are left, and nothing is rounded: sizes are integers. (Kellerer, Pferschy, Pisinger, "Knapsack Problems", chapter 11.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def _bounds(tables: Sequence[Sequence[_Item]]) -> list[_Bound]:
     hulls = [_hull(table) for table in tables]
     bounds = []
     for first in range(len(tables) + 1):
-        steps = [(_slope(a, b), b.size - a.size, b.loss - a.loss) for hull in hulls[first:] for a, b in zip(hull, hull[1:], strict=False)]
+        steps = [(_slope(a, b), b.size - a.size, b.loss - a.loss) for hull in hulls[first:] for a, b in pairwise(hull)]
         steps.sort()
         start = sum(hull[0].size for hull in hulls[first:]), sum(hull[0].loss for hull in hulls[first:])
         rooms = start[0] + np.concatenate([[0], np.cumsum([step[1] for step in steps])])
@@ -109,7 +110,7 @@ def _greedy(bound: _Bound, tables: Sequence[Sequence[_Item]], budget: int) -> fl
     steps = []
     for group, table in enumerate(tables):
         hull = _hull(table)
-        steps += [(_slope(a, b), group, place, b.size - a.size, b.loss - a.loss) for place, (a, b) in enumerate(zip(hull, hull[1:], strict=False))]
+        steps += [(_slope(a, b), group, place, b.size - a.size, b.loss - a.loss) for place, (a, b) in enumerate(pairwise(hull))]
     at = [0] * len(tables)
     room, loss = budget - int(bound.rooms[0]), float(bound.losses[0])
     for _, group, place, more, change in sorted(steps):

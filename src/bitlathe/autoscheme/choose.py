@@ -2,8 +2,8 @@
 
 Scores of different linears are added up, which is right only for small errors: a sum of large ones loses more than its parts
 say, and how much depends on the option. Every uniform choice is measured anyway, since no mix may be worse; its true divergence
-over the sum of its scores is what that option's scores are corrected by. Chosen is what measured best among the solutions with and
-without the correction, what lies between and beyond, their neighbours, and the uniform choices, as far as the budget holds them.
+over the sum of its scores is what that option's scores are corrected by. Chosen is what measured best among the solutions with
+all, half and none of the correction, their neighbours, and the uniform choices, as far as the budget holds them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from bitlathe.autoscheme.score import score
 from bitlathe.autoscheme.space import Choice, Space
 
 # How much of the correction is applied, as a power of it.
-_STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
-_NEIGHBOURS = 4
+_STRENGTHS = (0.0, 0.5, 1.0)
+_NEIGHBOURS = 3
 # Plans that are measured in one walk: each has hidden states of its own.
 _AT_ONCE = 16
 
@@ -68,11 +68,7 @@ def choose(ground: Ground, kept: Kept, budgets: Sequence[float], listen: Listen)
     factors = _factors(space, losses, kept)
     solved = {bits: _solutions(space, losses, factors, bits) for bits in budgets}
     look(choice for choices in solved.values() for choice in choices)
-    look(
-        neighbour
-        for bits in budgets
-        for neighbour in _neighbours(space, _corrected(losses, factors, 1.0), best(bits), bits)
-    )
+    look(neighbour for bits in budgets for neighbour in _neighbours(space, _corrected(losses, factors, 1.0), best(bits), bits))
     founds = []
     for bits in budgets:
         choice = best(bits)
@@ -113,9 +109,7 @@ def _corrected(
 def _solutions(
     space: Space, losses: Mapping[str, Mapping[str, float]], factors: Mapping[str, float], bits: float
 ) -> list[Choice]:
-    return [
-        allocate(_corrected(losses, factors, strength), space.sizes, space.budget(bits)) for strength in _STRENGTHS
-    ]
+    return [allocate(_corrected(losses, factors, strength), space.sizes, space.budget(bits)) for strength in _STRENGTHS]
 
 
 def _neighbours(space: Space, losses: Mapping[str, Mapping[str, float]], choice: Choice, bits: float) -> list[Choice]:

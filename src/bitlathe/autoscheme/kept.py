@@ -60,8 +60,8 @@ class Kept:
     """One search's hold on its folder in `root`; used in a `with` statement.
 
     facts: what the numbers depend on. Entering waits for another search of the same folder to end, and raises OutputError where
-    the folder cannot be written. scores: of the linears that are done. done: the parts that are. measured: key of a choice -> what
-    was measured.
+    the folder cannot be written. scores: of the linears that are done. done: the parts that are. measured: key of a choice ->
+    what was measured.
     """
 
     def __init__(self, root: Path, facts: Mapping[str, str]) -> None:
@@ -136,6 +136,6 @@ class _Disk:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             raise OutputError(
-                f"{self.folder} cannot be written ({error.strerror or error}). What was found until now is kept: make room, and "
-                "give the same command again"
+                f"{self.folder} cannot be written ({error.strerror or error}). What was found until now is kept: make room, "
+                "and give the same command again"
             ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
@@ -85,6 +85,28 @@ class Space:
         """A hash of which linear gets what."""
         return hashlib.sha256(json.dumps(self.linears(choice)).encode()).hexdigest()
 
+    def reseeded(self, by: int) -> Space:
+        """The same with other random signs in the rotations: see `Plan.reseeded`."""
+        rows = {name: {option: row.reseeded(by) for option, row in options.items()} for name, options in self.rows.items()}
+        return replace(self, plan=self.plan.reseeded(by), rows=rows)
+
+    def facts(self) -> str:
+        """A hash of all options and of what holds whatever is chosen."""
+        texts: dict[LayerPlan, str] = {}
+
+        def text(row: LayerPlan) -> str:
+            return texts.setdefault(row, texts.get(row) or row.model_dump_json())
+
+        fixed = {name: text(row) for name, row in self.plan.linears.items() if name not in self.rows}
+        rows = {name: {option: text(row) for option, row in options.items()} for name, options in self.rows.items()}
+        whole = self.plan.model_copy(update={"linears": {}}).model_dump_json()
+        return hashlib.sha256(json.dumps([whole, fixed, rows]).encode()).hexdigest()
+
+    def alone(self, option: str) -> Plan:
+        """The plan of an option for every group that has it; the others are kept."""
+        rows = {name: options.get(option, LayerPlan()) for name, options in self.rows.items()}
+        return self.plan.model_copy(update={"linears": {**self.plan.linears, **rows}})
+
     def planned(self, choice: Choice) -> Plan:
         """The plan of a choice."""
         rows = {name: self.rows[name][option] for name, option in self.linears(choice).items()}
@@ -119,14 +141,12 @@ def space_of(
         options = [option for option in plans if all(option in fitting[name] for name in members)]
         if not options:
             raise PlanError(
-                f"none of the schemes {', '.join(plans)} fits {members[0]} ({shapes[members[0]][1]} inputs): their blocks do not "
-                "divide its inputs. Add one that does to --schemes, such as one with smaller groups or _CHANNEL, or keep it "
+                f"none of the schemes {', '.join(plans)} fits {members[0]} ({shapes[members[0]][1]} inputs): their blocks do "
+                "not divide its inputs. Add one that does to --schemes, such as one with smaller groups or _CHANNEL, or keep it "
                 f"with --override {members[0]}={KEEP}"
             )
         rows |= {name: {option: fitting[name][option] for option in options} for name in members}
-        sizes[group] = {
-            option: sum(_size(rows[name][option], shapes[name], formats) for name in members) for option in options
-        }
+        sizes[group] = {option: sum(_size(rows[name][option], shapes[name], formats) for name in members) for option in options}
     first = {name: next(iter(rows[name].values())) for name in names}
     plan = next(iter(plans.values()))
     plan = plan.model_copy(update={"linears": {**plan.linears, **first}})

@@ -76,8 +76,8 @@ def walk(skeleton: Skeleton, weights: Weights, start: Start, *, batch_size: int)
 
 @dataclass(frozen=True)
 class Tape:
-    """What a walk back needs. calls: the blocks'; inputs: the hidden states that each block received; gradient: that of a loss by
-    the hidden states after the last block, which the walk replaces block by block."""
+    """What a walk back needs. calls: the blocks'; inputs: the hidden states that each block received; gradient: that of a loss
+    by the hidden states after the last block, which the walk replaces block by block."""
 
     calls: list[dict[str, Any]]
     inputs: Sequence[Hidden]

@@ -1,0 +1,37 @@
+"""What can be set about a search, and what it chooses from unless told otherwise. No torch here: recipes read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+# Beside the bits asked for: what is worth a choice below and above four of them.
+_FEW = ("W2A16G64", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16")
+_MANY = ("W3A16", "W4A16", "W5A16", "W6A16", "W8A16")
+_LEAST = ("W2A16_CHANNEL", "W2A16")
+# Of those the ones that serving engines load from compressed-tensors.
+_SERVED = ("W4A16", "W8A16")
+_ENOUGH, _FEWEST = 4.125, 2.25  # bits of W4A16 and of W2A16G64
+
+
+class SearchOptions(BaseModel):
+    """Options of a search.
+
+    tokens: of the calibration text, as whole windows, that scores are made from. held_out: further ones on which choices are
+    measured. Both are reached in windows of the recipe's seqlen.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: PositiveInt = 32768
+    held_out: PositiveInt = 8192
+
+
+def default_schemes(bits: Iterable[float], formats: Iterable[str]) -> tuple[str, ...]:
+    """Names of schemes to choose from for the smallest of these budgets, bits a weight, in these formats."""
+    least = min(bits)
+    if "compressed-tensors" in formats and least >= _ENOUGH:
+        return _SERVED
+    few = _FEW if least < _ENOUGH else _MANY
+    return (*_LEAST, *few) if least < _FEWEST else few

@@ -1,0 +1,173 @@
+"""From a recipe to what happens to every linear, or, for a search, to what may happen to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from bitlathe.autoscheme.options import default_schemes
+from bitlathe.autoscheme.space import Space, space_of
+from bitlathe.errors import FormatError, PlanError
+from bitlathe.formats.base import Format
+from bitlathe.formats.native import Native
+from bitlathe.model.skeleton import Skeleton
+from bitlathe.numerics.scheme import GRIDS, KV_SCHEMES, preset_named
+from bitlathe.plan import KEEP, LayerPlan, Plan, explicit, refuse_ragged, resolve, rotated, with_inputs
+from bitlathe.recipe import Recipe
+from bitlathe.tune.signs import drawn_for
+
+Dtype = Literal["bf16", "fp16"]
+
+# Why a router is kept.
+_ROUTER = "routers choose the experts, and are never quantized"
+
+
+def planned(recipe: Recipe, skeleton: Skeleton, dtype: Dtype) -> tuple[Plan, dict[str, str]]:
+    """What happens to every linear, and why some are kept. Raises PlanError for what cannot be done."""
+    if recipe.linears:
+        explicit(recipe.linears, skeleton.linears, skeleton.fused)
+        # Routers have a line, and there is no choice for them.
+        linears = {name: scheme for name, scheme in recipe.linears.items() if not skeleton.rows[name].router}
+        recipe = recipe.model_copy(update={"overrides": linears})
+    plan, reasons = _resolved(recipe, skeleton, dtype)
+    refuse_ragged(plan, skeleton.linears)
+    _refuse_undrawn(recipe, skeleton, plan)
+    return plan, reasons
+
+
+def spaced(
+    recipe: Recipe, skeleton: Skeleton, dtype: Dtype, *, formats: Sequence[Format], budgets: Sequence[float]
+) -> tuple[Space, dict[str, str], tuple[str, ...]]:
+    """What a search may choose from, why some linears are kept, and what is to be said of it.
+
+    budgets: bits a weight. Raises PlanError for budgets beyond the options and for linears that none of them fits, FormatError
+    where no option, or not all of them side by side, can be held by a format.
+    """
+    options = recipe.schemes or default_schemes(budgets, recipe.formats)
+    plans, reasons = _plans(recipe, skeleton, dtype, options)
+    names = _in_play(recipe, plans)
+    shapes, fused = skeleton.linears, skeleton.fused
+    every = space_of(plans, names, shapes=shapes, fused=fused, together=recipe.groups, formats=[Native()])
+    held, notes = _held(every, formats, skeleton)
+    plans = {option: plan for option, plan in plans.items() if option in held}
+    space = space_of(plans, names, shapes=shapes, fused=fused, together=recipe.groups, formats=[Native(), *_coded(formats)])
+    _refuse_beside(space, formats, skeleton)
+    _refuse_beyond(space, budgets)
+    _refuse_undrawn(recipe, skeleton, space.plan)
+    return space, reasons, notes
+
+
+def _resolved(recipe: Recipe, skeleton: Skeleton, dtype: Dtype) -> tuple[Plan, dict[str, str]]:
+    wanted = recipe.rotations()
+    folds = skeleton.arch.folds("residual")
+    unties = folds and any(rotation.space == "residual" for rotation in wanted)
+    parted = "--rotate R1" if folds else ""
+    shared = {} if unties else {name.removesuffix(".weight"): parted for name in skeleton.tied}
+    head = skeleton.arch.head
+    kept = {head: "shares its weight with the embeddings" if shared else "the output head stays in 16 bits unless asked for"}
+    shapes = {name: shape for name, shape in skeleton.linears.items() if not skeleton.rows[name].router}
+    plan, reasons = resolve(shapes, recipe.scheme, recipe.overrides, dtype=dtype, kept=kept, tied=shared)
+    rows = {name: plan.linears.get(name, LayerPlan()) for name in skeleton.linears}
+    plan = plan.model_copy(update={"linears": rows})
+    reasons |= {name: _ROUTER for name in rows if name not in shapes}
+    if not plan.quantized:
+        raise PlanError("every linear is kept in 16 bits, so there is nothing to do: give a scheme, or fewer overrides")
+    plan = with_inputs(plan, asymmetric=recipe.act_asymmetric, clip=recipe.act_clip)
+    if recipe.kv is not None:
+        plan = plan.model_copy(update={"kv": KV_SCHEMES[recipe.kv].served_in(dtype)})
+    plan = rotated(plan, wanted, skeleton.arch, skeleton.rows, widths=skeleton.widths, tied=bool(skeleton.tied))
+    return plan, reasons
+
+
+def _refuse_undrawn(recipe: Recipe, skeleton: Skeleton, plan: Plan) -> None:
+    if recipe.rotation_trials > 1 and not drawn_for(skeleton, plan):
+        raise PlanError(
+            "--rotation-trials keeps the random signs with the least error of the activations, and no linear of a block both "
+            "rounds its activations and reads what a random rotation turns. Leave it out, or ask for a scheme such as W4A4 "
+            "where R1, R2 or R4:random turns"
+        )
+
+
+def _plans(recipe: Recipe, skeleton: Skeleton, dtype: Dtype, options: Sequence[str]) -> tuple[dict[str, Plan], dict[str, str]]:
+    """Option -> the plan in which every linear in play has it, and why some linears are kept."""
+    schemes = {option: preset_named(option, dtype) for option in options if option != KEEP}
+    if not schemes:
+        raise PlanError(f"a search that may choose nothing but {KEEP} has nothing to do: name schemes in --schemes")
+    asks = recipe.act_asymmetric or recipe.act_clip != 1
+    rounded = {name: preset.input for name, preset in schemes.items() if preset.input is not None}
+    integers = [name for name, scheme in rounded.items() if GRIDS[scheme.grid].kind == "int"]
+    plans, reasons = {}, {}
+    for option in schemes:
+        own = {
+            "scheme": option,
+            "overrides": dict.fromkeys(_included(recipe, skeleton), option) | recipe.overrides,
+            "act_asymmetric": recipe.act_asymmetric and (option in integers or not integers),
+            "act_clip": recipe.act_clip if option in rounded or (asks and not rounded) else 1.0,
+        }
+        plans[option], reasons = _resolved(recipe.model_copy(update=own), skeleton, dtype)
+    # Rotations are drawn for those that round their activations.
+    first = plans[next(iter(rounded), next(iter(plans)))]
+    if KEEP in options:
+        kept = {name: LayerPlan() for name in _in_play(recipe, {"": first})}
+        plans[KEEP] = first.model_copy(update={"linears": {**first.linears, **kept}})
+    order = sorted(options, key=lambda option: (option not in rounded, option == KEEP))
+    return {option: plans[option] for option in order}, reasons
+
+
+def _in_play(recipe: Recipe, plans: Mapping[str, Plan]) -> list[str]:
+    """The linears that a search chooses for: those that get what they are given by no override."""
+    (plan, *_) = plans.values()
+    names = [name for name in plan.quantized if not any(fnmatchcase(name, glob) for glob in recipe.overrides)]
+    if not names:
+        raise PlanError("every linear has an override, so there is nothing to search for: leave --bits out, or some overrides")
+    return names
+
+
+def _included(recipe: Recipe, skeleton: Skeleton) -> list[str]:
+    """Names of what joins a search though it is kept unless asked for."""
+    found = []
+    for glob in recipe.include:
+        matched = [name for name in skeleton.linears if fnmatchcase(name, glob) or name.rpartition(".")[2] == glob]
+        if not matched:
+            raise PlanError(f"--include {glob} matches no linear of the model. What can be included is {skeleton.arch.head}")
+        found += matched
+    return found
+
+
+def _coded(formats: Iterable[Format]) -> list[Format]:
+    """The formats that hold codes: what a budget is for. An ordinary checkpoint takes 16 bits whatever is chosen."""
+    return [format for format in formats if format.name != "dense"]
+
+
+def _held(space: Space, formats: Iterable[Format], skeleton: Skeleton) -> tuple[list[str], tuple[str, ...]]:
+    """The options that every format can hold, and what to say of the others."""
+    reasons: dict[str, FormatError] = {}
+    for option in space.options:
+        for format in formats if option != KEEP else ():
+            try:
+                format.check(space.alone(option), skeleton.linears, skeleton.fused)
+            except FormatError as error:
+                reasons.setdefault(option, error)
+    held = [option for option in space.options if option not in reasons]
+    if reasons and not set(held) - {KEEP}:
+        told = "; ".join(f"{option}: {error}" for option, error in reasons.items())
+        raise FormatError(f"none of the schemes to choose from can be written in what --format asks for. {told}")
+    return held, tuple(f"{option} is left out of the search: {error}" for option, error in reasons.items())
+
+
+def _refuse_beside(space: Space, formats: Iterable[Format], skeleton: Skeleton) -> None:
+    """Raise FormatError where a format cannot hold options side by side that it can hold alone."""
+    mixed = {group: list(sizes)[index % len(sizes)] for index, (group, sizes) in enumerate(space.sizes.items())}
+    for format in formats:
+        format.check(space.planned(mixed), skeleton.linears, skeleton.fused)
+
+
+def _refuse_beyond(space: Space, budgets: Iterable[float]) -> None:
+    least, most = space.range
+    for bits in budgets:
+        if not space.budget(least) <= space.budget(bits) or bits > most:
+            raise PlanError(
+                f"{bits:g} bits a weight cannot be had: {', '.join(space.options)} take from {least:.3f} to {most:.3f}, as the "
+                "file holds them. Ask for a number between these, or name other --schemes"
+            )

@@ -1,0 +1,140 @@
+"""search: a recipe and some budgets in, a plan for each out; and the same as a step of `quantize`."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from platformdirs import user_cache_path
+
+from bitlathe.autoscheme.choose import Found, Outcome, choose
+from bitlathe.autoscheme.ground import Ground
+from bitlathe.autoscheme.kept import Kept, Measured
+from bitlathe.autoscheme.space import Space
+from bitlathe.model.source import open_model
+from bitlathe.plan import Plan
+from bitlathe.prepare import Prepared, prepare_search
+from bitlathe.recipe import Recipe, merge
+from bitlathe.report import Listener, Note, Searching
+from bitlathe.starting import best_signs
+from bitlathe.version import VERSION
+
+# A plan has no folder to go to; what `Recipe` asks for is not used.
+_NOWHERE = "."
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search found: a plan and a record, as JSON, for each budget, and the uniform choices that were measured."""
+
+    plans: tuple[Plan, ...]
+    records: tuple[dict[str, Any], ...]
+    uniform: tuple[dict[str, Any], ...]
+
+
+def search(model: str, *, bits: float, listen: Listener | None = None, **fields: Any) -> Plan:
+    """The plan with the least divergence from the original at an average of `bits` a weight.
+
+    model: a folder or a Hub id. bits: of the linears in play, as the file holds them, and never exceeded. fields: of `Recipe`:
+    schemes to choose from, include, groups, overrides, rotate, calib and the rest. listen: called with events of
+    `bitlathe.report`. Give the plan to `quantize(model, plan=plan, out=...)`.
+
+    What is found out on the way is kept in the user's cache (`scores`): a search for other bits answers soon, and one that was
+    interrupted goes on. Raises a BitlatheError before any weight is read when it cannot be done.
+    """
+    (plan,) = sweep(
+        merge({"model": model, "out": _NOWHERE, "bits": bits, **fields}), [bits], listen or (lambda event: None)
+    ).plans
+    return plan
+
+
+def sweep(recipe: Recipe, budgets: Sequence[float], listen: Listener) -> Searched:
+    """The plans for several budgets, from one scoring. The recipe's own bits do not count."""
+    ready = prepare_search(recipe, budgets)
+    for note in ready.notes:
+        listen(Note(note))
+    if recipe.rotation_trials > 1:
+        with tempfile.TemporaryDirectory(prefix="bitlathe-") as folder:
+            signs = best_signs(ready, Path(folder), listen)
+        listen(Note(signs["told"]))
+        ready = ready.reseeded(signs["draw"])
+    assert ready.space is not None
+    space, outcome = ready.space, mix(ready, budgets, listen)
+    records = tuple(record_of(outcome, space, place) for place in range(len(budgets)))
+    plans = tuple(space.planned(record["choice"]) for record in records)
+    uniform = tuple(
+        {"scheme": option, "bits": bits, "kl": found.kl, "error": found.error}
+        for option, (bits, found) in outcome.uniform.items()
+    )
+    return Searched(plans, records, uniform)
+
+
+def mix(ready: Prepared, budgets: Sequence[float], listen: Listener) -> Outcome:
+    """What a search of a prepared recipe chooses for each budget."""
+    space, text = ready.space, ready.text
+    assert space is not None and text.scored is not None and text.held_out is not None
+    place = ready.weights.device
+    ground = Ground(
+        skeleton=ready.skeleton,
+        weights=ready.weights,
+        plain=open_model(ready.weights.checkpoint, device=place, dtype=torch.float32),
+        space=space,
+        tokens=text.scored,
+        held_out=text.held_out,
+        batch_size=ready.recipe.batch_size,
+        memory=ready.recipe.memory.activations,
+        seed=ready.recipe.seed,
+    )
+    root = ready.recipe.scores or user_cache_path("bitlathe", appauthor=False) / "scores"
+    with Kept(root, _facts(ready, ground)) as kept:
+        return choose(ground, kept, budgets, lambda what, done, of: listen(Searching(what, done, of)))
+
+
+def record_of(outcome: Outcome, space: Space, place: int = 0) -> dict[str, Any]:
+    """What was found for the budget at `place`, as JSON: what was asked for, what it takes, what was measured, the choice."""
+    found = outcome.founds[place]
+    return {
+        "asked": found.asked,
+        "bits": found.bits,
+        "kl": found.measured.kl,
+        "error": found.measured.error,
+        "schemes": space.options,
+        "choice": dict(found.choice),
+        "linears": space.linears(found.choice),
+        "uniform": {
+            option: {"bits": bits, "kl": measured.kl, "error": measured.error}
+            for option, (bits, measured) in outcome.uniform.items()
+        },
+        "told": _told(found, outcome.uniform),
+    }
+
+
+def _told(found: Found, uniform: Mapping[str, tuple[float, Measured]]) -> str:
+    below = {option: (bits, measured) for option, (bits, measured) in uniform.items() if bits <= found.asked}
+    words = (
+        f"{found.bits:.3f} bits a weight ({found.asked:g} asked for), KL divergence {found.measured.kl:.4g} on held-out text"
+    )
+    if not below:
+        return words
+    best = min(below, key=lambda option: below[option][1].kl)
+    return f"{words}; {best} for all has {below[best][1].kl:.4g} at {below[best][0]:.3f}"
+
+
+def _facts(ready: Prepared, ground: Ground) -> dict[str, str]:
+    """What the scores and measurements depend on."""
+    text = [hashlib.sha256(tokens.numpy().tobytes()).hexdigest() for tokens in (ground.tokens, ground.held_out)]
+    return {
+        "model": ready.weights.checkpoint.fingerprint(),
+        "options": ground.space.facts(),
+        "calibration": text[0],
+        "held_out": text[1],
+        "seed": str(ground.seed),
+        "device": ready.weights.device.type,
+        "version": f"bitlathe {VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
+    }

@@ -1,0 +1,60 @@
+"""How a run begins: the text's first hidden states, and the random signs that it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitlathe.errors import CheckpointError
+from bitlathe.model.hidden import Budget
+from bitlathe.model.walk import Start, begin
+from bitlathe.prepare import Prepared
+from bitlathe.report import Listener, Note
+from bitlathe.tune.signs import errors_of
+
+# Windows of the calibration text on which draws of random signs are compared.
+_DRAWN_ON = 8
+
+
+def start_on(ready: Prepared, folder: Path, tokens: Tensor, *, streams: int) -> Start:
+    """The beginning of a walk over the windows `tokens`; hidden states that do not fit into memory go to `folder`."""
+    refuse_infinite(ready.weights.read(ready.skeleton.parameters_of(ready.skeleton.arch.embed)), ready.plan.dtype)
+    budget = Budget(ready.recipe.memory.activations, folder)
+    return begin(ready.skeleton, ready.weights, tokens, budget, streams=streams)
+
+
+def refuse_infinite(tensors: Mapping[str, Tensor], dtype: str) -> None:
+    """Refuse a checkpoint whose tensors would make every prediction NaN, kept in 16 bits or not."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            wider = ", or they overflow fp16: try --dtype bf16" if dtype == "fp16" else ""
+            raise CheckpointError(
+                f"{name} has infinite or NaN values in {dtype}. The checkpoint is damaged{wider}. Download it again, or mend it"
+            )
+
+
+def best_signs(ready: Prepared, folder: Path, listen: Listener) -> dict[str, Any]:
+    """Of the draws of random signs, the one with the least error of the activations, and what is told of it."""
+    assert ready.tokens is not None
+    plans = [ready.plan.reseeded(draw) for draw in range(ready.recipe.rotation_trials)]
+    tokens = ready.tokens[:_DRAWN_ON]
+    listen(Note(f"comparing {len(plans)} draws of random signs on {len(tokens)} windows of the calibration text"))
+    start = start_on(ready, folder, tokens, streams=1)
+    errors = errors_of(ready.skeleton, ready.weights, start, plans, batch_size=ready.recipe.batch_size)
+    if not all(map(isfinite, errors)):
+        told = (
+            f"the {len(plans)} draws of random signs cannot be compared: what the linears read on these windows is zero, "
+            f"infinite or NaN. The first one is taken, that of seed {ready.recipe.rotation_seed}"
+        )
+        return {"draw": 0, "told": told}
+    best = min(range(len(plans)), key=errors.__getitem__)
+    told = (
+        f"of {len(plans)} draws of random signs the one of seed {ready.recipe.rotation_seed + best} is kept: rounding the "
+        f"activations loses {errors[best]:.3%} of their squares, and {max(errors):.3%} with the worst"
+    )
+    return {"draw": best, "told": told}
