@@ -187,6 +187,28 @@ def test_transformers_alone(tmp_path: Path, text: Path, scheme: str, overrides: 
     assert ("import bitlathe.hf" in card) != read
 
 
+@pytest.mark.parametrize("dense", ["W4A16G32", "keep"])
+def test_a_dense_block_beside_experts(tmp_path: Path, text: Path, dense: str) -> None:
+    """The names of its gate and up are a pattern, which transformers reads too."""
+    save_model(tmp_path / "m", "qwen3_moe", **WIDE)
+    overrides = {"*.experts.*": "W8A16G32", "*.mlp.gate_proj": dense, "*.mlp.up_proj": dense}
+    asked = SMALL | {"scheme": "FP8_CHANNEL", "overrides": overrides, "formats": ("native", "compressed-tensors")}
+    plan = bitlathe.quantize(str(tmp_path / "m"), out=tmp_path / "q", calib=str(text), **asked)
+    config = json.loads((tmp_path / "q" / "compressed-tensors" / "config.json").read_text())["quantization_config"]
+    names = [*config["ignore"], *(name for group in config["config_groups"].values() for name in group["targets"])]
+    assert [name for name in names if name.startswith("re:")] == [r"re:model\.layers\.0\.mlp\.(gate|up|gate_up)_proj$"]
+    assert len({plan.linears[f"model.layers.0.mlp.{own}_proj"] for own in ("gate", "up")}) == 1
+    tokens = torch.arange(3, 23)[None]
+    torch.save(tokens, tmp_path / "said.pt")
+    command = [sys.executable, "-c", ALONE, str(tmp_path / "q" / "compressed-tensors"), str(tmp_path / "said.pt")]
+    subprocess.run(command, check=True, capture_output=True)
+    with torch.no_grad():
+        expected = bitlathe.load(tmp_path / "q" / "native", "cpu")(tokens, use_cache=False).logits
+        ours = bitlathe.load(tmp_path / "q" / "compressed-tensors", "cpu")(tokens, use_cache=False).logits
+    assert torch.equal(ours, expected)
+    assert torch.equal(torch.load(tmp_path / "said.pt"), expected)
+
+
 def test_a_run_that_is_killed_and_continued(tmp_path: Path, text: Path) -> None:
     save_model(tmp_path / "m", "qwen3_moe", num_hidden_layers=3)
     asked = SMALL | {"scheme": "W4A4", "tuner": "signround", "rotate": "hadamard"}

@@ -170,6 +170,19 @@ def test_the_library_reads_the_configuration_back() -> None:
     assert (single["format"], single["ignore"]) == ("pack-quantized", ["lm_head"])
 
 
+def test_names_are_those_that_serving_engines_look_for() -> None:
+    """The head beside the class of linears, and gate and up of a dense block beside experts by one pattern."""
+    with_head = CT.config(plan_of({"a.q": W4, "lm_head": W4}))
+    assert with_head["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"]
+    gate, up, expert = "m.0.mlp.gate_proj", "m.0.mlp.up_proj", "m.1.mlp.experts.0.up_proj"
+    pattern = r"re:m\.0\.mlp\.(gate|up|gate_up)_proj$"
+    eight, other = SCHEMES["W8A16"], "m.0.mlp.down_proj"
+    stored = CT.config(plan_of({gate: W4, up: W4, other: W4, expert: eight}))
+    assert [group["targets"] for group in stored["config_groups"].values()] == [[expert], [pattern, other]]
+    assert CT.config(plan_of({gate: None, other: W4, up: None, expert: W4}))["ignore"] == [pattern]
+    assert CT.config(plan_of({gate: None, other: W4, up: None}))["ignore"] == [gate, up]
+
+
 def test_online_rotations_of_another_writer_are_read() -> None:
     folded = {"type": "hadamard", "apply": [{"targets": ["re:.*b$"], "location": "weight_output"}]}
     groups = {"R1": folded, **transforms(head_dim=64)["config_groups"]}

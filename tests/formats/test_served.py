@@ -114,6 +114,10 @@ def test_each_scheme(name: str, tmp_path: Path) -> None:
     runs_as_tuned(tmp_path, {"proj": ROWS[name]}, random_model())
 
 
+def test_one_scheme_for_all_and_the_head(tmp_path: Path) -> None:
+    runs_as_tuned(tmp_path, {"": ROWS["W8A8"]}, random_model())
+
+
 def test_a_scheme_for_every_kind_of_linear(tmp_path: Path) -> None:
     rows = {
         "layers.1.mlp.down_proj": "W8A8_STATIC",

@@ -12,6 +12,7 @@ its version 0.20, and tested against it):
     activations                         as numerics/activation.py has them; of a clipped range only where the scale is static,
                                         for then the scale alone says it
     experts                             as linears, one by one; see ct_experts.py
+    names                               as vLLM looks for them too; what it makes of them is retold in tests/vllm_rules.py
     rotations                           folded ones are in the weights; of those online see ct_rotations.py
 """
 
@@ -26,9 +27,10 @@ from compressed_tensors.utils.match import match_name
 from pydantic import ValidationError
 from torch import Tensor
 
+from bitlathe.arch import ARCHS
 from bitlathe.errors import FormatError
 from bitlathe.formats.base import QuantLayer
-from bitlathe.formats.ct_experts import first_experts, refuse_experts
+from bitlathe.formats.ct_experts import first_experts, named, refuse_experts
 from bitlathe.formats.ct_rotations import online_of, reason_against, transforms_of
 from bitlathe.formats.ct_schemes import FIXED, PACKED, dtype_of, input_arguments, layout_of, row_of, weight_arguments
 from bitlathe.formats.ct_tensors import WORD, decode_input, decode_weight, encode_input, encode_weight, same
@@ -39,6 +41,8 @@ from bitlathe.plan import LayerPlan, Plan
 
 METHOD = "compressed-tensors"
 MIXED = CompressionFormat.mixed_precision
+# Output heads. vLLM does not count them among linears, so the class does not name them to it.
+_HEADS = frozenset(arch.head for arch in ARCHS.values())
 
 
 class CompressedTensors:
@@ -81,7 +85,7 @@ class CompressedTensors:
         return decode_input(tensors, row.input)
 
     def config(self, plan: Plan) -> dict[str, Any]:
-        """A group for each scheme: of all linears when there is one, of full names when there are more."""
+        """A group for each scheme: of all linears when there is one, of their names when there are more."""
         groups: dict[LayerPlan, list[str]] = {}
         for name, row in plan.linears.items():
             if (reason := _reason(row, plan.dtype)) is not None:
@@ -92,12 +96,12 @@ class CompressedTensors:
         formats = {layout_of(row) for row in groups}
         config = QuantizationConfig(
             config_groups={
-                f"group_{index}": _group(row, ["Linear"] if len(groups) == 1 else names)
+                f"group_{index}": _group(row, named(names, plan) if len(groups) > 1 else _all_of(names))
                 for index, (row, names) in enumerate(groups.items())
             },
             format=(MIXED if len(formats) != 1 else formats.pop()).value,
             quantization_status=QuantizationStatus.COMPRESSED,
-            ignore=[name for name, row in plan.linears.items() if row.weight is None],
+            ignore=named((name for name, row in plan.linears.items() if row.weight is None), plan),
         ).model_dump(mode="json")
         if (transforms := transforms_of(plan)) is not None:
             config["transform_config"] = transforms
@@ -131,6 +135,11 @@ class CompressedTensors:
             rows[name] = row.model_copy(update={"online": online.get(name)})
         rotations = tuple(dict.fromkeys(online.values()))
         return Plan.model_validate({"linears": rows, "dtype": dtype, "rotations": rotations})
+
+
+def _all_of(names: list[str]) -> list[str]:
+    """The targets of the only group, whose linears are `names`."""
+    return ["Linear", *(name for name in names if name in _HEADS)]
 
 
 def _group(row: LayerPlan, targets: list[str]) -> QuantizationScheme:

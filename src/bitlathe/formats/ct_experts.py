@@ -4,12 +4,14 @@ transformers 5 has no linears to put the library's schemes on: it decodes the ex
 group (that of the experts, see `first_experts`), and drops what the configuration says of their activations. Tested in versions
 5.17 and 5.23: it decodes packed symmetric integers, FP8 and MXFP4; NVFP4 it decodes as other numbers, and at the rest it stops.
 After `import bitlathe.hf` experts are linears there too, and all of it is read.
+
+Beside experts, dense blocks need care as well: see `named`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from bitlathe.errors import FormatError
 from bitlathe.formats.ct_schemes import FLOAT, MXFP4, PACKED, layout_of
@@ -17,6 +19,7 @@ from bitlathe.formats.stored import some
 from bitlathe.plan import LayerPlan, Plan
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_DENSE = re.compile(r"(.*\.mlp\.)(gate|up)_proj")
 
 
 def refuse_experts(plan: Plan) -> None:
@@ -38,6 +41,25 @@ def read_alone(plan: Plan) -> bool:
 def first_experts(groups: Mapping[LayerPlan, list[str]]) -> dict[LayerPlan, list[str]]:
     """Rows with their linears, those of experts first."""
     return dict(sorted(groups.items(), key=lambda group: not any(_EXPERT.search(name) for name in group[1])))
+
+
+def named(linears: Iterable[str], plan: Plan) -> list[str]:
+    """What a configuration calls linears of a plan: their full names.
+
+    vLLM runs gate_proj and up_proj of a dense block as gate_up_proj, and does not know of which names it is made where other
+    blocks have experts (qwen3_moe, read in its versions 0.20 and 0.33): one pattern then says all three names.
+    """
+    names = list(linears)
+    if not _experts(plan):
+        return names
+    both = set(names)
+    said = []
+    for name in names:
+        part = _DENSE.fullmatch(name)
+        if part is not None and {f"{part[1]}gate_proj", f"{part[1]}up_proj"} <= both:
+            name = f"re:{re.escape(part[1])}(gate|up|gate_up)_proj$"
+        said.append(name)
+    return list(dict.fromkeys(said))
 
 
 def _decoded(row: LayerPlan) -> bool:
