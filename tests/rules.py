@@ -17,8 +17,8 @@ FLOORS: list[set[str]] = [
     {"plan"},
     {"formats"},
     {"model"},  # loads checkpoints, so it knows formats, which must never know it
-    {"tune", "evaluation", "search"},
-    {"recipe", "prepare", "result", "report", "pipeline"},
+    {"tune", "evaluation", "autoscheme"},
+    {"recipe", "planning", "plan_file", "prepare", "starting", "searching", "result", "report", "pipeline"},
     {"__init__", "__main__", "cli", "tables", "progress", "demo", "hf"},
 ]
 OPEN_FLOORS = {0, 6, 7}

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from bitlathe.plan import Plan
     from bitlathe.recipe import Recipe
     from bitlathe.report import inspect
+    from bitlathe.searching import search
 
-__all__ = ["Plan", "Recipe", "Rotation", "Scheme", "__version__", "evaluate", "inspect", "load", "quantize"]
+__all__ = ["Plan", "Recipe", "Rotation", "Scheme", "__version__", "evaluate", "inspect", "load", "quantize", "search"]
 
 _PUBLIC: dict[str, str] = {
     "quantize": "bitlathe.pipeline:quantize",
+    "search": "bitlathe.searching:search",
     "load": "bitlathe.model.load:load",
     "evaluate": "bitlathe.evaluation.perplexity:evaluate",
     "inspect": "bitlathe.report:inspect",

@@ -46,10 +46,10 @@ def quantize(
 ) -> Plan:
     """Quantize a model into `out` and return the plan that was carried out.
 
-    model: a folder or a Hub id. fields: any other field of `Recipe`, such as scheme="W4A16" (what every linear gets) or bits=4.5
-    (a search chooses). plan: instead of those two, what `search` returned, or the file of a plan. restart: throw away what an earlier run left in `out`,
-    finished or not. listen: called with every event of `bitlathe.report`. A run that was interrupted continues when called
-    again.
+    model: a folder or a Hub id. fields: any other field of `Recipe`, such as scheme="W4A16" (what every linear gets) or
+    bits=4.5 (a search chooses). plan: instead of those two, what `search` returned, or the file of a plan. restart: throw away
+    what an earlier run left in `out`, finished or not. listen: called with every event of `bitlathe.report`. A run that was
+    interrupted continues when called again.
     Raises a BitlatheError before any weight is read when something asked for cannot be done.
     """
     given = plan if isinstance(plan, Plan) else None

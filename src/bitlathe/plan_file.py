@@ -49,8 +49,8 @@ def fields_of(plan: Plan) -> dict[str, Any]:
 def write_plan(path: Path, plan: Plan, told: str) -> None:
     """Write a plan's file, all of it or nothing. told: a line to put in front."""
     head = (
-        f"# {told}\n# bitlathe quantize MODEL --plan {path.name} --out DIR. Linears that engines run as one (q, k, v; gate, up; "
-        f"the\n# experts of a block) share one scheme; '{KEEP}' is 16 bits; `bitlathe list schemes` has the names.\n"
+        f"# {told}\n# bitlathe quantize MODEL --plan {path.name} --out DIR\n"
+        f"# Linears that engines run as one (q, k, v; gate, up; a block's experts) share one scheme; '{KEEP}' is 16 bits.\n"
     )
     text = yaml.safe_dump(fields_of(plan), sort_keys=False, default_flow_style=False, width=1000)
     replace_file(path, (head + text).encode())

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,10 @@ def prepare(recipe: Recipe) -> Prepared:
 
 
 def prepare_search(recipe: Recipe, budgets: Sequence[float]) -> Prepared:
-    """The same but for the folder of the result, which a search alone does not have. budgets: bits a weight; none for no search."""
+    """The same but for the folder of the result, which a search alone does not have.
+
+    budgets: the bits a weight that are searched for; none where nothing is.
+    """
     device = device_named(recipe.device)
     formats = {name: named(name, FORMATS, "format")() for name in recipe.formats}
     tuner = named(recipe.tuner, TUNERS, "tuner").of(recipe.tuning())
@@ -228,17 +231,16 @@ def _refuse_nested(out: Path, source: Path) -> None:
 def _calibration(recipe: Recipe, skeleton: Skeleton, folder: Path, *, searched: bool) -> tuple[Text, tuple[str, ...]]:
     """The text's windows, and what to say of them. searched: some are for a search, and some are held out from it."""
     tokenizer = tokenizer_of(folder)
-    score, hold = (
-        max(1, tokens // recipe.seqlen) if searched else 0 for tokens in (recipe.search.tokens, recipe.search.held_out)
-    )
+    sizes = (recipe.search.tokens, recipe.search.held_out) if searched else (0, 0)
+    score, hold = (ceil(tokens / recipe.seqlen) for tokens in sizes)
     wanted = max(recipe.samples, score) + hold
     documents = text_of(recipe.calib, "calibration", characters=characters_for(wanted, recipe.seqlen))
     tokens = windows_of(tokenizer, documents, seqlen=recipe.seqlen, count=wanted, seed=recipe.seed)
     refuse_strange_tokens(tokens, skeleton.model.config.vocab_size, folder)
     if searched and len(tokens) < 2:
         raise CalibrationError(
-            f"the calibration text {recipe.calib!r} holds one window of {recipe.seqlen} tokens, and a search needs another one to "
-            "measure on. Use a longer text, or a shorter --seqlen"
+            f"the calibration text {recipe.calib!r} holds one window of {recipe.seqlen} tokens, and a search needs another "
+            "one to measure on. Use a longer text, or a shorter --seqlen"
         )
     # A short text keeps a quarter for that.
     hold = min(hold, max(1, len(tokens) // 4))

@@ -93,8 +93,8 @@ class Recipe(BaseModel):
     """What is asked for; everything but `model` and `out` has a default.
 
     model: a folder, a Hub id, or "builtin". out: the folder of the result. scheme: the name of the scheme that every linear
-    gets. overrides: glob over full linear names -> scheme name or "keep"; the last that matches wins. linears: instead of those
-    two, every linear by its full name -> scheme name or "keep", as a search finds them. bits: instead of a scheme, average bits a
+    gets. overrides: glob over full linear names -> scheme name or "keep"; the last that matches wins. linears: instead of both,
+    every linear by its full name -> scheme name or "keep", as a search finds them. bits: instead of a scheme, average bits a
     weight: a search chooses for every linear one of `schemes` (names, or "keep"; by default some that suit bits and formats).
     include: globs over names or their last parts, of what joins it though it is kept unless asked for, the head and the
     embeddings. groups: lists of globs; what they match gets one scheme. rotate: names in
@@ -105,9 +105,9 @@ class Recipe(BaseModel):
     1. kv: the scheme of cached keys and values, a name in KV_SCHEMES or its bits; None keeps them. formats: the checkpoints
     written. tuner: how codes are found. iters: its steps a block. batch_size: sequences a step. calib: a data set on the Hub, a
     text file, or "builtin". samples, seqlen: calibration windows and their length in tokens. device: auto, cpu, cuda or cuda:i.
-    dtype: of what stays in 16 bits; auto follows the model. seed: of every random choice but the signs of rotations. scores: the
-    folder in which what a search finds out is kept; None is one in the user's cache. memory, search, rtn, signround: see their
-    types.
+    dtype: of what stays in 16 bits; auto follows the model. seed: of every random choice but the signs of rotations. scores:
+    the folder in which what a search finds out is kept; None is one in the user's cache. memory, search, rtn, signround: see
+    their types.
 
     Raises RecipeError, naming the field, for anything that is not understood.
     """
@@ -294,7 +294,8 @@ class Recipe(BaseModel):
         """The fields that can change the numbers or the files of the result, as plain values.
 
         A field in a section is named as after `--set`: "signround.lr". Left out: where the result goes, how much memory may be
-        used, where scores are kept, and what a run is told by in another way: the model and the text by their content, the device by what it is.
+        used, where scores are kept, and what a run is told by in another way: the model and the text by their content, the
+        device by what it is.
         """
         plain: dict[str, Any] = {}
         for name, value in self.model_dump(mode="json", exclude=_APART).items():

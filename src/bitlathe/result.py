@@ -75,6 +75,7 @@ def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, second
         "linears": len(ready.plan.linears),
         "quantized": len(ready.plan.quantized),
         "sizes": sizes,
+        "search": ready.found,
         "rotations": rotations_of(ready.plan, ready.skeleton),
         "seconds": seconds,
         "evaluation": None,

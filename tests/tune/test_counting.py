@@ -10,10 +10,11 @@ from torch import Tensor
 
 from bitlathe.formats.base import QuantLayer
 from bitlathe.model.hidden import Hidden
+from bitlathe.model.moments import Moments, counting
 from bitlathe.model.walk import Step
 from bitlathe.numerics.project import quantize
 from bitlathe.tune import base, signround
-from bitlathe.tune.base import Moments, Tuned, block_error, counting, rounding_error
+from bitlathe.tune.base import Tuned, block_error, rounding_error
 from bitlathe.tune.options import SignRoundOptions
 from bitlathe.tune.signround import SignRound
 from blocks import SEQUENCES, TOKENS, same_codes, schemes_of, turn

@@ -10,11 +10,12 @@ from bitlathe.formats.base import QuantLayer
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model import skeleton
 from bitlathe.model.hidden import Hidden
+from bitlathe.model.moments import Moments
 from bitlathe.model.skeleton import Head
 from bitlathe.model.source import open_model
 from bitlathe.model.walk import Step
 from bitlathe.numerics.project import dequantize, quantize
-from bitlathe.tune.base import Moments, Tuned, block_error, rounding_error
+from bitlathe.tune.base import Tuned, block_error, rounding_error
 from bitlathe.tune.rtn import Rtn
 from blocks import KINDS, SEQUENCES, TOKENS, as_written, outer_scale, same_codes, schemes_of, turn
 

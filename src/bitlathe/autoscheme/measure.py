@@ -54,7 +54,7 @@ class _Shelf:
         self.ground, self.block, self.tensors = ground, block, tensors
         self.original = {name: block.linear(name) for name in block.linears}
         self.made: dict[tuple[str, LayerPlan], QuantTensor] = {}
-        self.peaks = block.peaks([name for name in block.linears if ground.space.rounds(name)])
+        self.peaks = block.peaks(name for name in block.linears if ground.space.rounds(name))
 
     def put(self, plan: Plan) -> None:
         """From here on the block runs as a plan says."""

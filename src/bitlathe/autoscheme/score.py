@@ -21,12 +21,12 @@ from bitlathe.autoscheme.ground import Ground, Listen
 from bitlathe.autoscheme.kept import Kept, Score
 from bitlathe.model.block import Block
 from bitlathe.model.hidden import Budget, Hidden
+from bitlathe.model.moments import Moments
 from bitlathe.model.static import static_scales
 from bitlathe.model.walk import Tape, begin, go_back, record, walk_back
 from bitlathe.numerics.activation import StaticScale, fake_quantize_input
 from bitlathe.numerics.project import fake_quantize, search
 from bitlathe.plan import LayerPlan
-from bitlathe.tune.base import Moments
 
 HEAD = "head"
 # What stands for the option of a linear that is quantized but not in play.

@@ -142,8 +142,8 @@ def space_of(
         if not options:
             raise PlanError(
                 f"none of the schemes {', '.join(plans)} fits {members[0]} ({shapes[members[0]][1]} inputs): their blocks do "
-                "not divide its inputs. Add one that does to --schemes, such as one with smaller groups or _CHANNEL, or keep it "
-                f"with --override {members[0]}={KEEP}"
+                "not divide its inputs. Add one that does to --schemes, such as one with smaller groups or _CHANNEL, or keep "
+                f"it with --override {members[0]}={KEEP}"
             )
         rows |= {name: {option: fitting[name][option] for option in options} for name in members}
         sizes[group] = {option: sum(_size(rows[name][option], shapes[name], formats) for name in members) for option in options}

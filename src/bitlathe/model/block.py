@@ -64,7 +64,7 @@ class Block:
             )
         return weight
 
-    def peaks(self, names: Mapping[str, Any]) -> dict[str, Tensor]:
+    def peaks(self, names: Iterable[str]) -> dict[str, Tensor]:
         """For each of `names`, the largest magnitude [] in the weights of its fused group: what a tensor-wide scale covers."""
         own = {name: self.weight(name).abs().max().float() for name in names}
         groups: dict[str, Tensor] = {}

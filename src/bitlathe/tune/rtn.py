@@ -9,10 +9,11 @@ import torch
 from bitlathe.formats.base import QuantLayer
 from bitlathe.model.block import Block
 from bitlathe.model.hidden import Hidden
+from bitlathe.model.moments import Moments
 from bitlathe.model.walk import Step
 from bitlathe.numerics.project import quantize, search
 from bitlathe.numerics.scheme import Scheme
-from bitlathe.tune.base import Listen, Moments, Tuned, rounding_error
+from bitlathe.tune.base import Listen, Tuned, rounding_error
 from bitlathe.tune.options import TuneOptions
 
 # Sequences on which the error before and after is measured.

@@ -20,10 +20,11 @@ from bitlathe.formats.base import QuantLayer
 from bitlathe.model.block import Block
 from bitlathe.model.hidden import Hidden
 from bitlathe.model.layers import TunedLinear
+from bitlathe.model.moments import counting
 from bitlathe.model.walk import Step
 from bitlathe.numerics.project import Learned, quantize
 from bitlathe.numerics.scheme import Scheme
-from bitlathe.tune.base import Listen, Tuned, block_error, counting
+from bitlathe.tune.base import Listen, Tuned, block_error
 from bitlathe.tune.options import SignRoundOptions, TuneOptions
 
 # Only the sign of a gradient is used. The factor of a mean, one over millions, would put it below what fp16 holds; with none,
