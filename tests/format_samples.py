@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bitlathe.formats.base import Format, QuantLayer
 from bitlathe.formats.compressed_tensors import CompressedTensors
+from bitlathe.formats.dense import Dense
 from bitlathe.formats.native import Native
 from bitlathe.numerics.activation import StaticScale, static_scale
 from bitlathe.numerics.project import QuantTensor, quantize
@@ -20,6 +21,7 @@ from bitlathe.plan import LayerPlan, Plan
 Dtype = Literal["bf16", "fp16"]
 ROWS, COLUMNS = 160, 256  # the last block of 128 rows is ragged
 HELD: dict[str, Format] = {"native": Native(), "compressed-tensors": CompressedTensors()}
+WRITTEN: dict[str, Format] = HELD | {"dense": Dense()}  # codes do not come back from all of them
 INT8 = SCHEMES["W8A16_CHANNEL"]
 
 # A rotation that every format with rotations can run online.
@@ -67,11 +69,11 @@ def row_named(name: str, dtype: Dtype) -> LayerPlan:
     return LayerPlan(weight=preset.weight, input=preset.input)
 
 
-def layer_of(row: LayerPlan, dtype: str, seed: int = 0) -> QuantLayer:
+def layer_of(row: LayerPlan, dtype: str, seed: int = 0, *, shape: tuple[int, int] = (ROWS, COLUMNS)) -> QuantLayer:
     assert row.weight is not None
     low, high = torch.tensor(-3.0), torch.tensor(4.5)
     fixed = static_scale(low, high, row.input, dtype, clip=row.clip) if row.input is not None and static(row.input) else None
-    return QuantLayer(quantize(weight(ROWS, COLUMNS, seed), row.weight), fixed)
+    return QuantLayer(quantize(weight(*shape, seed), row.weight), fixed)
 
 
 def plan_of(rows: Mapping[str, LayerPlan | Scheme | None], dtype: Dtype = "bf16") -> Plan:

@@ -18,6 +18,7 @@ import bitlathe
 import bitlathe.hf
 from bitlathe.errors import OutputError, ResumeError
 from bitlathe.pipeline import run
+from bitlathe.prepare import prepare
 from bitlathe.recipe import merge
 from bitlathe.report import BlockReport, Event, Note, Step, inspect, read_report
 from families import FAMILIES, VOCABULARY, save_model, write_text
@@ -115,6 +116,20 @@ def test_several_formats_hold_the_same_weights(tmp_path: Path, text: Path) -> No
         assert all(torch.equal(weight, other.get_submodule(name).weight) for other in others)
     assert inspect(tmp_path / "q" / "dense")["bits_linears"] == 16
     assert inspect(tmp_path / "q" / "native")["linears"][0]["scheme"] == "W4A16G32"
+
+
+def test_the_room_asked_for_is_what_is_written(tmp_path: Path, text: Path) -> None:
+    """But for headers, small files, and the few bytes of static scales."""
+    save_model(tmp_path / "m", tie_word_embeddings=True)
+    asked = SMALL | {"tuner": "rtn", "overrides": {"*.o_proj": "W3A16_CHANNEL", "*.down_proj": "FP8_BLOCK"}}
+    formats = ("native", "compressed-tensors", "dense")
+    recipe = merge({"model": str(tmp_path / "m"), "out": tmp_path / "q", "calib": str(text), **asked, "formats": formats})
+    needed = prepare(recipe).bytes_needed()
+    run(recipe, restart=False, listen=lambda event: None)
+    assert needed == sum(inspect(tmp_path / "q" / format)["bytes"] for format in formats)
+    # The codes to resume from are written whatever is asked for.
+    others = recipe.model_copy(update={"formats": formats[1:], "out": tmp_path / "others"})
+    assert prepare(others).bytes_needed() == needed
 
 
 def listen_to(recipe: Any, kind: type[Event] | None = None) -> list[Any]:

@@ -94,15 +94,13 @@ class Prepared:
         return replace(self.planned(self.plan.reseeded(by)), space=self.space and self.space.reseeded(by))
 
     def bytes_needed(self) -> int:
-        """What the streams and spilled hidden states will take on the disk, about."""
-        linears = self.skeleton.linears
-        coded = sum(scheme.bits(linears[name]) // 8 for name, scheme in self.plan.quantized.items())
-        dense = sum(2 * prod(linears[name]) for name in self.plan.quantized)
-        names = {f"{name}.weight" for name in self.plan.quantized}
+        """What the streams and spilled hidden states will take on the disk: their numbers, without headers and small files."""
+        rows = {name: self.plan.linears[name] for name in self.plan.quantized}
+        names = {f"{name}.weight" for name in rows}
         kept = sum(2 * prod(shape) for name, shape in self.skeleton.shapes.items() if name not in names)
-        # A format without a configuration of its own is an ordinary checkpoint.
-        plain = sum(format.config(self.plan) is None for format in self.formats.values())
-        return len(self.streams) * (coded + kept) + plain * (dense - coded) + self._bytes_spilled()
+        streams: list[Format] = [named(name, FORMATS, "format")() for name in self.streams]
+        bits = sum(stream.bits(row, self.skeleton.linears[name]) for stream in streams for name, row in rows.items())
+        return bits // 8 + len(streams) * kept + self._bytes_spilled()
 
     def _bytes_spilled(self) -> int:
         if self.tokens is None:

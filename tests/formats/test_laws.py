@@ -1,4 +1,4 @@
-"""decode(encode(q)) == q and parse(config(plan)) == plan, for every format and every scheme it accepts.
+"""decode(encode(q)) == q and parse(config(plan)) == plan, for every format and every scheme it accepts; bits are counted.
 
 The second law is of what a configuration has to say. A format whose readers find folded rotations in the weights, and clipped
 ranges in static scales, gives them back as if they had never been (`told`).
@@ -10,12 +10,13 @@ import json
 
 import pytest
 
+from bitlathe.errors import FormatError
 from bitlathe.formats.base import Format
 from bitlathe.formats.native import Native
 from bitlathe.numerics.rotation import Rotation
 from bitlathe.numerics.scheme import KV_SCHEMES, PRESETS, SCHEMES
 from bitlathe.plan import LayerPlan, Plan
-from format_samples import COLUMNS, HELD, ROWS, ROWS_BESIDE, TURNED, Dtype, facts, layer_of, plan_of, row_named
+from format_samples import COLUMNS, HELD, ROWS, ROWS_BESIDE, TURNED, WRITTEN, Dtype, facts, layer_of, plan_of, row_named
 
 BF16_ONLY = ("MXFP4", "MXFP8", "NVFP4")  # and their weights alone
 
@@ -60,6 +61,50 @@ def codes_come_back(format: Format, row: LayerPlan, dtype: Dtype) -> None:
 @pytest.mark.parametrize(("name", "scheme", "dtype"), CASES)
 def test_codes_come_back(name: str, scheme: str, dtype: Dtype) -> None:
     codes_come_back(HELD[name], row_named(scheme, dtype), dtype)
+
+
+# Ragged blocks of 128 rows, one block that is not full, rows that end within a word or within a byte.
+SHAPES = ((ROWS, COLUMNS), (32, 1184), (130, 48), (7, 13), (3, 128))
+
+
+def holds(format: Format, row: LayerPlan, shape: tuple[int, int]) -> bool:
+    """Whether a plan of this row is made at all, and then held."""
+    if not all(scheme is None or scheme.fits(shape) for scheme in (row.weight, row.input)):
+        return False
+    try:
+        format.check(plan_of({"a": row}), {"a": shape}, {})
+    except FormatError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("scheme", PRESETS)
+@pytest.mark.parametrize("format", WRITTEN.values(), ids=WRITTEN)
+def test_bits_are_those_of_the_tensors(format: Format, scheme: str) -> None:
+    row = row_named(scheme, "bf16")
+    held = [shape for shape in SHAPES if holds(format, row, shape)]
+    assert held or (format.name == "dense" and row.input is not None)
+    for shape in held:
+        tensors = format.encode(layer_of(row, "bf16", shape=shape), row, "bf16")
+        stored = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("input_"))
+        assert format.bits(row, shape) == 8 * stored, shape
+
+
+@pytest.mark.parametrize("row", ROWS_BESIDE.values(), ids=ROWS_BESIDE)
+@pytest.mark.parametrize("format", WRITTEN.values(), ids=WRITTEN)
+def test_bits_of_rows_without_a_name(format: Format, row: LayerPlan) -> None:
+    tensors = format.encode(layer_of(row, "bf16"), row, "bf16")
+    stored = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("input_"))
+    assert format.bits(row, (ROWS, COLUMNS)) == 8 * stored
+
+
+def test_bits_of_a_matrix_that_no_memory_holds() -> None:
+    weights, side = 2**60, 2**30
+    found = {name: format.bits(row_named("W4A16", "bf16"), (side, side)) for name, format in WRITTEN.items()}
+    coded = 4 * weights + 16 * weights // 128
+    assert found == {"native": coded, "compressed-tensors": coded + 2 * 64, "dense": 16 * weights}
+    # Five codes of three bits take two bytes.
+    assert WRITTEN["native"].bits(row_named("W3A16_CHANNEL", "bf16"), (side, 5)) == side * (2 * 8 + 16)
 
 
 @pytest.mark.parametrize(("name", "scheme", "dtype"), CASES)

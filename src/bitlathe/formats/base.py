@@ -36,6 +36,14 @@ class Format(Protocol):
         """Raise FormatError if `plan` cannot be held; shapes: linear -> (outputs, inputs); fused: linear -> fused group."""
         ...
 
+    def bits(self, row: LayerPlan, shape: tuple[int, int]) -> int:
+        """What a linear's weight takes in a file, in bits: all that `encode` gives but what is static of its activations.
+
+        Counted from row and shape alone, however large: codes, scales of every level, zero points, padding, and whatever else
+        readers want. row: of a plan that `check` lets pass, with a weight scheme; shape: (outputs, inputs).
+        """
+        ...
+
     def encode(self, layer: QuantLayer, row: LayerPlan, dtype: str) -> dict[str, Tensor]:
         """The tensors of a linear, keyed by what follows "<linear>." in the file.
 

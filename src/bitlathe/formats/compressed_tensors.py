@@ -33,8 +33,8 @@ from bitlathe.formats.base import QuantLayer
 from bitlathe.formats.ct_experts import first_experts, named, refuse_experts
 from bitlathe.formats.ct_rotations import online_of, reason_against, transforms_of
 from bitlathe.formats.ct_schemes import FIXED, PACKED, dtype_of, input_arguments, layout_of, row_of, weight_arguments
-from bitlathe.formats.ct_tensors import WORD, decode_input, decode_weight, encode_input, encode_weight, same
-from bitlathe.formats.stored import refuse_split_groups, some
+from bitlathe.formats.ct_tensors import WORD, decode_input, decode_weight, encode_input, encode_weight, layout_of_weight, same
+from bitlathe.formats.stored import bits_of, refuse_split_groups, some
 from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.scheme import GRIDS, described, name_of, static
 from bitlathe.plan import LayerPlan, Plan
@@ -66,6 +66,10 @@ class CompressedTensors:
         _refuse_zero_points(plan)
         refuse_experts(plan)
         refuse_split_groups(plan, fused, self.name)
+
+    def bits(self, row: LayerPlan, shape: tuple[int, int]) -> int:
+        """Those of the library's tensors; codes fill whole words, and a packed weight has its shape beside it."""
+        return bits_of(layout_of_weight(row, shape))
 
     def encode(self, layer: QuantLayer, row: LayerPlan, dtype: str) -> dict[str, Tensor]:
         """The library's tensors of a linear."""

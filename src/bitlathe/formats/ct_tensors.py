@@ -13,7 +13,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from torch import Tensor
 
 from bitlathe.formats.ct_schemes import DTYPES, INT, MXFP4, NVFP4, PACKED, layout_of
-from bitlathe.formats.stored import take
+from bitlathe.formats.stored import Layout, take
 from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.bits import pack, unpack
 from bitlathe.numerics.project import QuantTensor
@@ -21,6 +21,9 @@ from bitlathe.numerics.scheme import GRIDS, Scheme, static
 from bitlathe.plan import LayerPlan
 
 WORD = 32  # bits of the integers that codes are packed into
+
+# Grid of scales -> the dtype that they are stored in.
+_SCALES = {"E8M0": torch.uint8, "E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "FP16": torch.float16}
 
 
 def encode_weight(q: QuantTensor, row: LayerPlan) -> dict[str, Tensor]:
@@ -53,38 +56,46 @@ def encode_weight(q: QuantTensor, row: LayerPlan) -> dict[str, Tensor]:
     return tensors
 
 
+def layout_of_weight(row: LayerPlan, shape: tuple[int, int]) -> Layout:
+    """Name, dtype and shape of what `encode_weight` gives for a weight of `shape`, [outputs, inputs]."""
+    scheme, (rows, columns), layout = row.weight, shape, layout_of(row)
+    assert scheme is not None and scheme.scale is not None
+    blocks, bits = scheme.blocks(shape), GRIDS[scheme.grid].bits
+    stored: Layout = {"weight_scale": (_SCALES[scheme.scale.grid], (1,) if scheme.block == (0, 0) else blocks)}
+    if scheme.scale.scale is not None:
+        stored["weight_global_scale"] = torch.float32, (1,)
+    if layout in (MXFP4, NVFP4):
+        return stored | {"weight_packed": (torch.uint8, (rows, columns // 2))}
+    if layout == PACKED:
+        zeros: Layout = {"weight_zero_point": (torch.int32, (-(-rows * bits // WORD), blocks[1]))} if scheme.asymmetric else {}
+        packed = torch.int32, (rows, -(-columns * bits // WORD))
+        return stored | zeros | {"weight_packed": packed, "weight_shape": (torch.int64, (2,))}
+    if scheme.asymmetric:
+        stored["weight_zero_point"] = torch.int8, blocks
+    return stored | {"weight": (torch.int8 if layout == INT else torch.float8_e4m3fn, shape)}
+
+
 def decode_weight(tensors: Mapping[str, Tensor], row: LayerPlan, shape: tuple[int, int]) -> QuantTensor:
     """The inverse of `encode_weight`. Raises CheckpointError for tensors that are not of this row and shape."""
-    scheme, (rows, columns), layout = row.weight, shape, layout_of(row)
-    assert scheme is not None
-    blocks, bits, zero = scheme.blocks(shape), GRIDS[scheme.grid].bits, None
+    scheme, layout = row.weight, layout_of(row)
+    assert scheme is not None and scheme.scale is not None
+    # `weight_shape` says what is known already.
+    places = {name: place for name, place in layout_of_weight(row, shape).items() if name != "weight_shape"}
+    found = {name: take(tensors, name, *place) for name, place in places.items()}
+    blocks, bits, zero, outer = scheme.blocks(shape), GRIDS[scheme.grid].bits, found.get("weight_zero_point"), None
     if layout in (MXFP4, NVFP4):
-        codes = unpack(take(tensors, "weight_packed", torch.uint8, (rows, columns // 2)), 4, columns=columns)
+        codes = unpack(found["weight_packed"], 4, columns=shape[1])
     elif layout == PACKED:
-        packed = take(tensors, "weight_packed", torch.int32, (rows, -(-columns * bits // WORD)))
-        codes = unpack_from_int32(packed, bits, torch.Size(shape))
-        if scheme.asymmetric:
-            zeros = take(tensors, "weight_zero_point", torch.int32, (-(-rows * bits // WORD), blocks[1]))
-            zero = unpack_from_int32(zeros, bits, torch.Size(blocks), packed_dim=0)
-    elif layout == INT:
-        codes = take(tensors, "weight", torch.int8, shape)
-        zero = take(tensors, "weight_zero_point", torch.int8, blocks) if scheme.asymmetric else None
+        codes = unpack_from_int32(found["weight_packed"], bits, torch.Size(shape))
+        zero = None if zero is None else unpack_from_int32(zero, bits, torch.Size(blocks), packed_dim=0)
     else:
-        codes = take(tensors, "weight", torch.float8_e4m3fn, shape)
+        codes = found["weight"]
     if zero is not None:
         codes, zero = _unsigned(codes, bits), _unsigned(zero, bits)
-    return QuantTensor(scheme, shape, codes.contiguous(), _decode_scale(tensors, scheme, blocks), zero)
-
-
-def _decode_scale(tensors: Mapping[str, Tensor], scheme: Scheme, blocks: tuple[int, int]) -> QuantTensor:
-    stored, outer = scheme.scale, None
-    assert stored is not None
-    if stored.scale is not None:
-        inverse = take(tensors, "weight_global_scale", torch.float32, (1,))
-        outer = QuantTensor(stored.scale, (1, 1), inverse.reciprocal().reshape(1, 1))
-    dtype = {"E8M0": torch.uint8, "E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "FP16": torch.float16}[stored.grid]
-    shape = (1,) if scheme.block == (0, 0) else blocks
-    return QuantTensor(stored, blocks, take(tensors, "weight_scale", dtype, shape).reshape(blocks), outer)
+    if scheme.scale.scale is not None:
+        outer = QuantTensor(scheme.scale.scale, (1, 1), found["weight_global_scale"].reciprocal().reshape(1, 1))
+    scale = QuantTensor(scheme.scale, blocks, found["weight_scale"].reshape(blocks), outer)
+    return QuantTensor(scheme, shape, codes.contiguous(), scale, zero)
 
 
 def encode_input(fixed: StaticScale, scheme: Scheme) -> dict[str, Tensor]:

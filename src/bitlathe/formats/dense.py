@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ class Dense:
                 f"dense cannot hold a cache of keys and values in {described(plan.kv)}: an ordinary model keeps them in 16 "
                 "bits. Leave out --kv, or write the native format"
             )
+
+    def bits(self, row: LayerPlan, shape: tuple[int, int]) -> int:
+        """16 a weight, whatever its scheme."""
+        return 16 * prod(shape)
 
     def encode(self, layer: QuantLayer, row: LayerPlan, dtype: str) -> dict[str, Tensor]:
         """The weight [outputs, inputs] in the plan's dtype."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bitlathe.errors import FormatError
 from bitlathe.formats.base import QuantLayer
-from bitlathe.formats.stored import some, take
+from bitlathe.formats.stored import Layout, bits_of, some, take
 from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.bits import pack, unpack
 from bitlathe.numerics.project import QuantTensor
@@ -95,7 +95,12 @@ class Native:
                 tensors["input_zero"] = layer.input.zero.view(torch.uint8)
         return tensors
 
-    def layout(self, row: LayerPlan, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def bits(self, row: LayerPlan, shape: tuple[int, int]) -> int:
+        """Those of the streams that begin with "weight"."""
+        assert row.weight is not None
+        return bits_of(_layout(row.weight, shape, "weight"))
+
+    def layout(self, row: LayerPlan, shape: tuple[int, int]) -> Layout:
         """Name, dtype and shape of what `encode` gives for a linear of `shape` with a scheme of weights."""
         assert row.weight is not None
         layout = _layout(row.weight, shape, "weight")
@@ -187,9 +192,9 @@ def _encode(q: QuantTensor, name: str) -> dict[str, Tensor]:
     return tensors | (_encode(q.scale, f"{name}_scale") if q.scale is not None else {})
 
 
-def _layout(scheme: Scheme, shape: tuple[int, int], name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _layout(scheme: Scheme, shape: tuple[int, int], name: str) -> Layout:
     grid, blocks = GRIDS[scheme.grid], scheme.blocks(shape)
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {name: _place(grid, shape)}
+    layout: Layout = {name: _place(grid, shape)}
     if scheme.asymmetric:
         layout[f"{name}_zero"] = _place(grid, blocks)
     return layout | (_layout(scheme.scale, blocks, f"{name}_scale") if scheme.scale is not None else {})

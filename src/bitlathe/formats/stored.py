@@ -1,14 +1,23 @@
-"""Taking a linear's tensors from what a file holds, and saying what is wrong with them."""
+"""The tensors of a linear in a file: what they take, taking them out, and saying what is wrong with them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor
 
 from bitlathe.errors import CheckpointError, FormatError
 from bitlathe.plan import Plan
+
+# Name of a tensor -> its dtype and shape.
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def bits_of(layout: Layout) -> int:
+    """What tensors take in a file, in bits."""
+    return sum(8 * dtype.itemsize * prod(shape) for dtype, shape in layout.values())
 
 
 def take(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
