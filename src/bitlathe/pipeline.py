@@ -18,7 +18,7 @@ from bitlathe.io.writer import Writer
 from bitlathe.model.block import Block
 from bitlathe.model.static import static_scales
 from bitlathe.model.walk import Start, Step, walk
-from bitlathe.plan import Plan
+from bitlathe.plan import KEEP, Plan
 from bitlathe.plan_file import fields_of, read_plan, refuse_both
 from bitlathe.prepare import CODES, Prepared, prepare
 from bitlathe.recipe import Recipe, merge
@@ -120,7 +120,8 @@ def _with_mix(ready: Prepared, writer: Writer, listen: Listener) -> Prepared:
     found = writer.decided[_MIX]
     listen(Note(found["told"]))
     plan = ready.space.planned(found["choice"])
-    return replace(ready.planned(plan), notes=(*ready.notes, found["told"]), found=found)
+    kept = {name: "the search keeps it" for name, option in found["linears"].items() if option == KEEP}
+    return replace(ready.planned(plan), kept=ready.kept | kept, notes=(*ready.notes, found["told"]), found=found)
 
 
 def _every_turn(ready: Prepared, writer: Writer, listen: Listener, *, began: float) -> None:

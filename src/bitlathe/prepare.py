@@ -95,7 +95,10 @@ class Prepared:
 
     def bytes_needed(self) -> int:
         """What the streams and spilled hidden states will take on the disk: their numbers, without headers and small files."""
-        rows = {name: self.plan.linears[name] for name in self.plan.quantized}
+        plan = self.plan
+        if self.space is not None and self.found is None and self.recipe.bits is not None:
+            plan = self.space.planned(self.space.full(self.recipe.bits))
+        rows = {name: plan.linears[name] for name in plan.quantized}
         names = {f"{name}.weight" for name in rows}
         kept = sum(2 * prod(shape) for name, shape in self.skeleton.shapes.items() if name not in names)
         streams: list[Format] = [named(name, FORMATS, "format")() for name in self.streams]

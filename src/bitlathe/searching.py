@@ -131,7 +131,8 @@ def _facts(ready: Prepared, ground: Ground) -> dict[str, str]:
     text = [hashlib.sha256(tokens.numpy().tobytes()).hexdigest() for tokens in (ground.tokens, ground.held_out)]
     return {
         "model": ready.weights.checkpoint.fingerprint(),
-        "options": ground.space.facts(),
+        **ground.space.facts(),
+        "activations": f"asymmetric {ready.recipe.act_asymmetric}, clip {ready.recipe.act_clip}",
         "calibration": text[0],
         "held_out": text[1],
         "seed": str(ground.seed),

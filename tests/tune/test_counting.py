@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitlathe.formats.base import QuantLayer
+from bitlathe.model import moments
 from bitlathe.model.hidden import Hidden
 from bitlathe.model.moments import Moments, counting
 from bitlathe.model.walk import Step
@@ -140,7 +141,7 @@ def test_the_other_tokens_gain_by_it(inputs: bool, targets: bool, gain: float, m
         return errors(massive(inputs=inputs, targets=targets), layers)[0]
 
     without = found()
-    for module in (base, signround):
+    for module in (base, moments, signround):
         monkeypatch.setattr(module, "counting", lambda *states: torch.ones(states[0].shape[:-1], dtype=torch.bool))
     assert found() > gain * without
 

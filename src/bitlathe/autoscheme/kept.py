@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,8 +60,7 @@ class Kept:
     """One search's hold on its folder in `root`; used in a `with` statement.
 
     facts: what the numbers depend on. Entering waits for another search of the same folder to end, and raises OutputError where
-    the folder cannot be written. scores: of the linears that are done. done: the parts that are. measured: key of a choice ->
-    what was measured.
+    the folder cannot be written. scores: of the linears that are done. measured: key of a choice -> what was measured.
     """
 
     def __init__(self, root: Path, facts: Mapping[str, str]) -> None:
@@ -69,7 +68,7 @@ class Kept:
         self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.work = self.folder / "work"
         self.scores: dict[str, dict[str, Score]] = {}
-        self.done: set[str] = set()
+        self._parts: set[str] = set()
         self.measured: dict[str, Measured] = {}
         self._about = text
         self._lock = FileLock(self.folder / "lock", thread_local=False)
@@ -97,11 +96,17 @@ class Kept:
         shutil.rmtree(self.work, ignore_errors=True)
         self._lock.release()
 
+    def has(self, part: str, wanted: Mapping[str, Iterable[str]]) -> bool:
+        """Whether a part of the model is done for the options `wanted` of its linears."""
+        return part in self._parts and all(
+            option in self.scores.get(name, {}) for name, options in wanted.items() for option in options
+        )
+
     def put(self, part: str, scores: Scores, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the scores of a part of the model, and `tensors` for `tensors`."""
+        """Keep the scores of a part of the model beside those of other options, and `tensors` likewise for `tensors`."""
         with self._disk():
             aside = self.folder / f"{part}.tmp"
-            save(aside, tensors)
+            save(aside, {**(self.tensors(part) if part in self._parts else {}), **tensors})
             aside.replace(self.folder / f"{part}.safetensors")
             rows = {name: {option: score.model_dump() for option, score in row.items()} for name, row in scores.items()}
             append_line(self.folder / "scores.jsonl", {"part": part, "scores": rows})
@@ -118,8 +123,9 @@ class Kept:
             self.measured[choice] = found
 
     def _take(self, part: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-        self.done.add(part)
-        self.scores |= {name: {option: Score(**score) for option, score in row.items()} for name, row in rows.items()}
+        self._parts.add(part)
+        for name, row in rows.items():
+            self.scores.setdefault(name, {}).update({option: Score(**score) for option, score in row.items()})
 
     def _disk(self) -> _Disk:
         return _Disk(self.folder)

@@ -14,6 +14,8 @@ searched range. (The diagonal: Optimal Brain Damage, LeCun et al., 1990; sampled
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -39,23 +41,24 @@ def score(ground: Ground, kept: Kept, listen: Listen) -> None:
     At most two blocks of weights are in memory, and the hidden states that each block receives under the budget. A search that
     was killed goes through the model again, and scores only what is left.
     """
-    parts = [part_of(index) for index in range(ground.skeleton.depth)]
-    wanted = {*parts, HEAD}
-    if wanted <= kept.done:
+    left = _left(ground, kept)
+    if not left:
         return
     budget = Budget(ground.memory, kept.work)
     weights = ground.scored
     start = begin(ground.skeleton, weights, ground.tokens, budget, streams=1)
-    listen("forward", 0, len(parts))
+    depth = ground.skeleton.depth
+    listen("forward", 0, depth)
     inputs = record(ground.skeleton, weights, start, budget, batch_size=ground.batch_size)
     (last,) = start.streams
     gradient = budget.allocate(last.shape, weights.dtype, weights.device)
-    _from_head(ground, kept, last, gradient)
+    listen("forward", depth, depth)
+    _from_head(ground, kept, last, gradient, scored=HEAD in left)
     seen: dict[str, _Seen] = {}
 
     def watch(block: Block) -> _Seen | None:
         part = part_of(block.index)
-        if part not in kept.done:
+        if part in left:
             seen[part] = _Seen(ground, block, inputs[block.index])
         return seen.get(part)
 
@@ -64,7 +67,18 @@ def score(ground: Ground, kept: Kept, listen: Listen) -> None:
         part = part_of(block.index)
         if part in seen:
             kept.put(part, *seen.pop(part).found())
-        listen("score", ground.skeleton.depth - block.index, len(parts))
+        listen("score", depth - block.index, depth)
+
+
+def _left(ground: Ground, kept: Kept) -> set[str]:
+    """The parts of the model that have linears or options without a score."""
+    parts = {name: part_of(index) for index, name in enumerate(ground.skeleton.blocks)}
+    wanted: dict[str, dict[str, Iterable[str]]] = {part: {} for part in (*parts.values(), HEAD)}
+    for name, rows in ground.space.rows.items():
+        path = name.split(".")
+        above = (".".join(path[:end]) for end in range(len(path)))
+        wanted[next((parts[module] for module in above if module in parts), HEAD)][name] = rows
+    return {part for part, linears in wanted.items() if not kept.has(part, linears)}
 
 
 def part_of(index: int) -> str:
@@ -72,10 +86,10 @@ def part_of(index: int) -> str:
     return f"block-{index:04d}"
 
 
-def _from_head(ground: Ground, kept: Kept, last: Hidden, gradient: Hidden) -> None:
-    """Put the gradient by the last hidden states into `gradient`; score the head, if it is in play."""
+def _from_head(ground: Ground, kept: Kept, last: Hidden, gradient: Hidden, *, scored: bool) -> None:
+    """Put the gradient by the last hidden states into `gradient`; with `scored`, score the head."""
     head = ground.skeleton.head(ground.scored)
-    seen = None if HEAD in kept.done else _Seen(ground, head, last)
+    seen = _Seen(ground, head, last) if scored else None
     for window in range(len(last)):
         # A number for each token, not a draw for each: the same on every device.
         chances = torch.rand(last.shape[1], generator=torch.Generator().manual_seed(ground.seed * 1_000_003 + window))

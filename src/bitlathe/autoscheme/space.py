@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 
+from bitlathe.autoscheme.allocate import allocate
 from bitlathe.errors import PlanError
 from bitlathe.formats.base import Format
 from bitlathe.plan import KEEP, LayerPlan, Plan
@@ -81,6 +82,15 @@ class Space:
         chosen = {name: choice[group] for group, names in self.groups.items() for name in names}
         return {name: chosen[name] for name in self.rows}
 
+    def full(self, bits: float) -> Choice:
+        """A choice that takes about as much as it may, not looking at the model: every bit is worth a factor of four."""
+        numbers = {group: sum(prod(self.shapes[name]) for name in names) for group, names in self.groups.items()}
+        losses = {
+            group: {option: numbers[group] * 4.0 ** (-size / numbers[group]) for option, size in sizes.items()}
+            for group, sizes in self.sizes.items()
+        }
+        return allocate(losses, self.sizes, self.budget(bits))
+
     def key(self, choice: Choice) -> str:
         """A hash of which linear gets what."""
         return hashlib.sha256(json.dumps(self.linears(choice)).encode()).hexdigest()
@@ -90,17 +100,11 @@ class Space:
         rows = {name: {option: row.reseeded(by) for option, row in options.items()} for name, options in self.rows.items()}
         return replace(self, plan=self.plan.reseeded(by), rows=rows)
 
-    def facts(self) -> str:
-        """A hash of all options and of what holds whatever is chosen."""
-        texts: dict[LayerPlan, str] = {}
-
-        def text(row: LayerPlan) -> str:
-            return texts.setdefault(row, texts.get(row) or row.model_dump_json())
-
-        fixed = {name: text(row) for name, row in self.plan.linears.items() if name not in self.rows}
-        rows = {name: {option: text(row) for option, row in options.items()} for name, options in self.rows.items()}
-        whole = self.plan.model_copy(update={"linears": {}}).model_dump_json()
-        return hashlib.sha256(json.dumps([whole, fixed, rows]).encode()).hexdigest()
+    def facts(self) -> dict[str, str]:
+        """What the numbers of every option depend on beside its name, its linear and the activations' range: rotations, dtypes,
+        and what is quantized whatever is chosen."""
+        fixed = {name: row for name, row in self.plan.linears.items() if name not in self.rows and row.weight is not None}
+        return {"plan": self.plan.model_copy(update={"linears": fixed}).model_dump_json()}
 
     def alone(self, option: str) -> Plan:
         """The plan of an option for every group that has it; the others are kept."""
