@@ -19,13 +19,14 @@ R4 = Rotation(space="mid", block=128, kind="hadamard")
 WARNING = "> [!WARNING]"
 
 
-def written(format: str, plan: Plan, *, online: tuple[str, ...] = ("R3", "R4")) -> str:
-    """The card of a result of this plan, of whose rotations these run online."""
+def written(format: str, plan: Plan, *, online: tuple[str, ...] = ("R3", "R4"), method: str | None = None) -> str:
+    """The card of a result of this plan, of whose rotations these run online. method: the quant_method of its config.json."""
     rotations = [{"name": ROTATION_NAMES[rotation.space], **rotation.model_dump()} for rotation in plan.rotations]
     return card(
         {
             "version": "0",
             "format": format,
+            "quant_method": method,
             "hub_model": None,
             "recipe": Recipe(model="some/model", out=Path("out"), scheme="W4A4").model_dump(mode="json"),
             "plan": plan.model_dump(mode="json"),
@@ -104,6 +105,14 @@ def test_native_cannot_be_run_wrong_so_it_does_not_warn() -> None:
     found = rows(text)
     assert found["rotations"] == "R4 (online, hadamard, blocks of 128), R3 (online, hadamard, blocks of 16)"
     assert found["cached keys and values"] == "INT4 asymmetric, one scale a token and head"
+
+
+def test_a_dense_folder_that_only_ours_read_is_no_warning() -> None:
+    text = written("dense", planned("W4A4", online=R4, rotations=(R4,)), method="bitlathe")
+    assert WARNING not in text
+    assert text.index("import bitlathe.hf  # teaches") < text.index("from transformers import")
+    assert front(text)["library_name"] == "bitlathe"
+    assert "import bitlathe.hf" not in written("dense", planned("W4A16", rotations=(R1,)))
 
 
 def test_activations_in_words() -> None:

@@ -53,30 +53,41 @@ SCHEMES = dict.fromkeys(
     ("W3A16", "W4A16G32", "W4A16G32_ASYM", "FP8_CHANNEL", "FP8_BLOCK", "MXFP4A16", "MXFP8A16", "NVFP4A16"), "none"
 )
 SCHEMES |= {"W4A4": "R1,R2,R4", "W8A8": "hadamard", "MXFP4": "R4"}
-FORMATS = ("native", "compressed-tensors")
+FORMATS = ("native", "compressed-tensors", "dense")
 
 GOLDEN: dict[str, str] = {
     "FP8_BLOCK compressed-tensors": "d466acdd11bcf35b",
+    "FP8_BLOCK dense": "a72647135197263f",
     "FP8_BLOCK native": "dfcef6b3a5905572",
     "FP8_CHANNEL compressed-tensors": "c4aeee86914964e6",
+    "FP8_CHANNEL dense": "602e8c5cf331a469",
     "FP8_CHANNEL native": "41cabd15ec09b9c7",
     "MXFP4 compressed-tensors": "3a788cb43c5c6f59",
+    "MXFP4 dense": "b6c4ba2167db5d90",
     "MXFP4 native": "e4ca51523c41615b",
     "MXFP4A16 compressed-tensors": "2579d2a2941c46de",
+    "MXFP4A16 dense": "067d747c31deb654",
     "MXFP4A16 native": "63318b4957f38f78",
     "MXFP8A16 compressed-tensors": "b0d97ea9db5cc56f",
+    "MXFP8A16 dense": "75c7796a29b8a184",
     "MXFP8A16 native": "43e9f21e7c821736",
     "NVFP4A16 compressed-tensors": "dcbeb3264f3c8b18",
+    "NVFP4A16 dense": "4facd0667e341be0",
     "NVFP4A16 native": "2b17d97d01cc461d",
     "W3A16 compressed-tensors": "9da36659cb8b4f4a",
+    "W3A16 dense": "e8a8271d6aea04a3",
     "W3A16 native": "00774cd7cdc60c96",
     "W4A16G32 compressed-tensors": "de2f3dab84a83f79",
+    "W4A16G32 dense": "556fdaff5bdcec56",
     "W4A16G32 native": "e9986e48b879db40",
     "W4A16G32_ASYM compressed-tensors": "ed717e222de2f451",
+    "W4A16G32_ASYM dense": "36d97740e68a19e5",
     "W4A16G32_ASYM native": "bc92198e1b03d617",
     "W4A4 compressed-tensors": "279fd6df48eb2556",
+    "W4A4 dense": "859852e79908bb99",
     "W4A4 native": "ec97752f2d1c5d75",
     "W8A8 compressed-tensors": "6b7c27a8b40a0353",
+    "W8A8 dense": "c633ad3e74b45b6d",
     "W8A8 native": "371b4768e70813b2",
 }
 
@@ -104,8 +115,8 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.glob("model*")):
         digest.update(path.name.encode() + path.read_bytes())
-    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
-    if quantization["quant_method"] == "bitlathe":  # what the other library says of itself changes with its version
+    quantization = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    if quantization.get("quant_method") == "bitlathe":  # what the other library says of itself changes with its version
         digest.update(json.dumps(quantization).encode())
     return digest.hexdigest()[:16]
 

@@ -211,7 +211,8 @@ HEAD: dict[str, Any] = {"scheme": "W4A16G32", "overrides": {"lm_head": "W4A4"}}
 @pytest.mark.parametrize(
     ("asked", "error", "message"),
     [
-        ({"formats": "dense"}, FormatError, "dense"),
+        ({"formats": "dense"}, FormatError, "dense cannot hold a cache"),
+        ({"formats": "dense", "kv": None}, FormatError, "dense cannot hold R3"),
         ({"formats": "compressed-tensors", "rotate": "R4:random", "kv": None}, FormatError, "random"),
         ({"formats": "compressed-tensors"}, FormatError, "compressed-tensors"),
         ({"rotation_block": 48}, PlanError, "--rotation-block 64"),

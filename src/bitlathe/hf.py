@@ -2,7 +2,8 @@
 
 After it, `AutoModelForCausalLM.from_pretrained(folder)` gives the model that `bitlathe.load(folder)` gives, bit for bit, and
 its own arguments (dtype, device_map) keep their meaning. Without it transformers stops at the first quantized linear of the
-native format; a compressed-tensors folder whose linears turn their inputs it loads, and runs wrong.
+native format, which is that of dense folders too where inputs are turned or rounded; a compressed-tensors folder whose linears
+turn their inputs it loads, and runs wrong.
 
 While the weights are read, a module that holds the streams of codes stands where each quantized linear was; transformers casts
 floats and finds only integers. Then each turns its codes into the weight they stand for.

@@ -190,6 +190,13 @@ def notes_on(plan: Plan, arch: Arch, formats: Iterable[str]) -> tuple[str, ...]:
             "activations in 16 bits, and decodes not all of their schemes. Load it with bitlathe.load, or with `import "
             "bitlathe.hf` before AutoModelForCausalLM"
         )
+    running = [name for name, row in plan.linears.items() if row.input is not None or row.online is not None]
+    if running and "dense" in formats:
+        notes.append(
+            f"{len(running)} linears turn or round their inputs while they run, which other programs would leave out: of the "
+            "dense folder these linears are no ordinary tensors, so that transformers alone stops at them. Load it with "
+            "bitlathe.load, or with `import bitlathe.hf` before AutoModelForCausalLM"
+        )
     if arch.experts is not None and any(f".{arch.experts}." in name for name in online):
         notes.append("serving engines fuse experts, and are not known to turn their inputs: leave R4 out of --rotate for them")
     if online and "compressed-tensors" in formats:

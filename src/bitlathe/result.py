@@ -63,6 +63,7 @@ def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, second
         "tool": TOOL,
         "version": VERSION,
         "format": name,
+        "quant_method": None if quantization is None else quantization["quant_method"],
         "hub_model": checkpoint.source if checkpoint.from_hub else None,
         "recipe": ready.recipe.model_dump(mode="json"),
         "plan": plan,

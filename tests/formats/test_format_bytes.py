@@ -15,7 +15,7 @@ from bitlathe.formats.native import Native
 from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.project import QuantTensor, dequantize
 from bitlathe.numerics.rotation import Rotation
-from bitlathe.numerics.scheme import KV_SCHEMES, PRESETS, SCHEMES, Scheme
+from bitlathe.numerics.scheme import KV_SCHEMES, PRESETS, SCHEMES, Scheme, per_token
 from bitlathe.plan import LayerPlan
 from format_samples import COLUMNS, HELD, ROWS, ROWS_BESIDE, TURNED, bits_of, layer_of, plan_of, row_named
 
@@ -165,16 +165,30 @@ def test_dense_holds_the_numbers_and_no_codes() -> None:
         dense.parse({}, ["a"])
 
 
-def test_dense_refuses_what_happens_while_a_model_runs() -> None:
-    weights, shapes = plan_of({"a": SCHEMES["W4A16"], "b": None}), dict.fromkeys("ab", (ROWS, COLUMNS))
-    turned = LayerPlan(weight=SCHEMES["W4A16"], online=TURNED)
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A4"])
+def test_dense_refuses_what_it_has_no_stream_for(scheme: str) -> None:
+    row, shapes = row_named(scheme, "bf16"), dict.fromkeys("abc", (ROWS, COLUMNS))
+    plain = plan_of({"a": row, "b": None, "c": None})
     for plan, told in (
-        (plan_of({"a": row_named("W4A4", "bf16"), "b": None}), "activations of a: .*native"),
-        (plan_of({"a": turned, "b": turned}), "rotations that a, b run online.*native"),
-        (weights.model_copy(update={"kv": KV_SCHEMES["KV8"]}), "INT8 asymmetric per token.*--kv.*native"),
+        (plain.model_copy(update={"kv": KV_SCHEMES["KV8"]}), "INT8 asymmetric per token.*--kv.*native"),
+        (plain.model_copy(update={"rotations": (Rotation(space="qk", block=64),)}), "R3.*out of --rotate.*native"),
+        (plan_of({"a": row, "b": LayerPlan(online=TURNED), "c": LayerPlan(input=per_token("INT8"))}), "inputs of b, c: .*kept"),
     ):
         with pytest.raises(FormatError, match=told):
             Dense().check(plan, shapes, {})
+
+
+def test_dense_bytes_of_a_linear_whose_input_is_rounded() -> None:
+    row = row_named("W8A8_STATIC", "bf16")
+    scale = QuantTensor(Scheme(grid="BF16"), (1, 1), torch.tensor([[0.5]], dtype=torch.bfloat16))
+    assert row.weight is not None
+    q = QuantTensor(row.weight, (1, 2), torch.tensor([[2, -3]], dtype=torch.int8), scale)
+    fixed = StaticScale(torch.tensor([1.5], dtype=torch.bfloat16))
+    tensors = Dense().encode(QuantLayer(q, fixed), row, "bf16")
+    assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in tensors.items()} == {
+        "weight": (torch.int16, [0x3F80, 0xBFC0 - 0x10000]),  # 1 and -1.5
+        "input_scale": (torch.int16, [0x3FC0]),
+    }
 
 
 def test_native_refuses_other_versions_and_models() -> None:

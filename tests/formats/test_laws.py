@@ -12,11 +12,26 @@ import pytest
 
 from bitlathe.errors import FormatError
 from bitlathe.formats.base import Format
+from bitlathe.formats.dense import DTYPES, Dense
 from bitlathe.formats.native import Native
+from bitlathe.numerics.project import dequantize
 from bitlathe.numerics.rotation import Rotation
 from bitlathe.numerics.scheme import KV_SCHEMES, PRESETS, SCHEMES
 from bitlathe.plan import LayerPlan, Plan
-from format_samples import COLUMNS, HELD, ROWS, ROWS_BESIDE, TURNED, WRITTEN, Dtype, facts, layer_of, plan_of, row_named
+from format_samples import (
+    COLUMNS,
+    HELD,
+    ROWS,
+    ROWS_BESIDE,
+    TURNED,
+    WRITTEN,
+    Dtype,
+    bits_of,
+    facts,
+    layer_of,
+    plan_of,
+    row_named,
+)
 
 BF16_ONLY = ("MXFP4", "MXFP8", "NVFP4")  # and their weights alone
 
@@ -83,7 +98,7 @@ def holds(format: Format, row: LayerPlan, shape: tuple[int, int]) -> bool:
 def test_bits_are_those_of_the_tensors(format: Format, scheme: str) -> None:
     row = row_named(scheme, "bf16")
     held = [shape for shape in SHAPES if holds(format, row, shape)]
-    assert held or (format.name == "dense" and row.input is not None)
+    assert held
     for shape in held:
         tensors = format.encode(layer_of(row, "bf16", shape=shape), row, "bf16")
         stored = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("input_"))
@@ -113,6 +128,37 @@ def test_plans_come_back(name: str, scheme: str, dtype: Dtype) -> None:
     plan = plan_of({"a.q": held, "a.k": held, "a.o": None, "lm_head": None}, dtype)
     HELD[name].check(plan, dict.fromkeys(plan.linears, (ROWS, COLUMNS)), {"a.q": "a.qk", "a.k": "a.qk"})
     comes_back(HELD[name], plan)
+
+
+def running(scheme: str, dtype: Dtype) -> LayerPlan:
+    """A row of which something happens to the input: it is rounded where the scheme says so, otherwise turned."""
+    row = row_named(scheme, dtype)
+    return row if row.input is not None else row.model_copy(update={"online": TURNED})
+
+
+DTYPED: tuple[Dtype, ...] = ("bf16", "fp16")
+RUNNING = {f"{name} {dtype}": (running(name, dtype), dtype) for name in PRESETS for dtype in DTYPED}
+RUNNING |= {name: (row, "bf16") for name, row in ROWS_BESIDE.items() if row.input is not None}
+
+
+@pytest.mark.parametrize(("row", "dtype"), RUNNING.values(), ids=RUNNING)
+def test_the_native_format_reads_what_dense_cannot_leave_to_weights(row: LayerPlan, dtype: Dtype) -> None:
+    """As numbers: which codes they came from is not in the file."""
+    weights = LayerPlan(weight=row.weight)
+    plan = plan_of({"a.q": row, "a.k": weights, "lm_head": None}, dtype)
+    dense, layer = Dense(), layer_of(row, dtype)
+    dense.check(plan, dict.fromkeys(plan.linears, (ROWS, COLUMNS)), {})
+    read = Native().parse(json.loads(json.dumps(dense.config(plan))), list(plan.linears))
+    assert read.model_copy(update={"linears": plan.linears}) == plan
+    assert (read.linears["a.k"], read.linears["lm_head"]) == (LayerPlan(), LayerPlan())
+    stored = read.linears["a.q"]
+    assert stored.model_copy(update={"weight": row.weight}) == row
+    tensors, expected = dense.encode(layer, row, dtype), bits_of(dequantize(layer.weight, DTYPES[dtype]))
+    decoded = Native().decode(tensors, stored, (ROWS, COLUMNS))
+    assert bits_of(dequantize(decoded.weight, DTYPES[dtype])) == expected
+    assert facts(decoded.input) == facts(dense.decode_input(tensors, row)) == facts(layer.input)
+    alone = dense.encode(layer_of(weights, dtype), weights, dtype)
+    assert {name: bits_of(tensor) for name, tensor in alone.items()} == {"weight": expected}
 
 
 @pytest.mark.parametrize("row", ROWS_BESIDE.values(), ids=ROWS_BESIDE)

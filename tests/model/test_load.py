@@ -133,9 +133,9 @@ def test_weights_name_the_linear_they_cannot_decode(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["W8A8_STATIC", "NVFP4"])
-@pytest.mark.parametrize("format", ["native", "compressed-tensors"])
+@pytest.mark.parametrize("format", ["native", "compressed-tensors", "dense"])
 def test_a_static_scale_is_read_without_its_weight(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, format: Literal["native", "compressed-tensors"]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, format: Literal["native", "compressed-tensors", "dense"]
 ) -> None:
     save_model(tmp_path / "m")
     text = str(write_text(tmp_path / "text.txt", 100))

@@ -7,7 +7,7 @@ import torch
 
 from bitlathe.errors import RecipeError
 from bitlathe.numerics.project import QuantTensor, quantize
-from bitlathe.numerics.scheme import GRIDS, SCHEMES, Scheme, canonical_name, name_of, scheme_named
+from bitlathe.numerics.scheme import GRIDS, PRESETS, SCHEMES, Scheme, canonical_name, name_of, scheme_named
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,13 @@ def test_names_ignore_case_dashes_and_underscores(typed: str, name: str) -> None
 
 def test_names_and_schemes_are_one_to_one() -> None:
     assert [name_of(SCHEMES[name].served_in("fp16")) for name in SCHEMES] == list(SCHEMES)
+
+
+def test_what_has_no_name_is_described() -> None:
+    static = PRESETS["W8A8_STATIC"].input
+    assert name_of(Scheme(grid="FP16")) == "FP16"
+    assert name_of(Scheme(grid="BF16"), static) == "BF16 with INT8 per tensor, static"
+    assert name_of(Scheme(grid="INT4", block=(1, 16), scale=Scheme(grid="BF16"))) == "INT4[1x16]"
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:

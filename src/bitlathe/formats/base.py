@@ -60,7 +60,7 @@ class Format(Protocol):
         ...
 
     def config(self, plan: Plan) -> dict[str, Any] | None:
-        """What config.json holds under "quantization_config"; None for a format that is an ordinary checkpoint."""
+        """What config.json holds under "quantization_config"; None where the result is an ordinary checkpoint."""
         ...
 
     def parse(self, config: Mapping[str, Any], linears: list[str]) -> Plan:

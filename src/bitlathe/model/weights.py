@@ -110,5 +110,5 @@ class Weights:
 
     def _coded(self, name: str) -> str | None:
         linear = name.removesuffix(".weight")
-        # A format without a config of its own (dense) stores weights as any checkpoint does, whatever its plan says.
+        # Without a format weights are stored as in any checkpoint, whatever the plan says.
         return linear if self.format is not None and self.plan is not None and linear in self.plan.quantized else None

@@ -216,6 +216,8 @@ def name_of(weight: Scheme, input: Scheme | None = None) -> str:
             return name
     if input is not None:
         return f"{name_of(weight)} with {described(input)}"
+    if weight.scale is None:
+        return weight.grid
     return f"{weight.grid}[{weight.block[0] or 'all'}x{weight.block[1] or 'all'}]"
 
 
