@@ -16,21 +16,23 @@ from typer import Argument, Exit, Option, Typer, echo
 from typer.core import TyperGroup
 
 import bitlathe
-from bitlathe import tables
+from bitlathe import options, tables
 from bitlathe.arch import ARCHS
-from bitlathe.errors import BitlatheError
+from bitlathe.errors import BitlatheError, RecipeError
 from bitlathe.formats import FORMATS
-from bitlathe.io.sizes import human
-from bitlathe.numerics.scheme import KV_SCHEMES, PRESETS
-from bitlathe.recipe import ROTATIONS, Memory, Recipe, merge, parse_overrides, parse_sets, read_yaml
+from bitlathe.numerics.scheme import PRESETS
+from bitlathe.plan_file import read_plan, refuse_files, write_plan
+from bitlathe.plotting import refuse_plot
+from bitlathe.recipe import ROTATIONS
 from bitlathe.registry import load
 from bitlathe.tune import TUNERS
-from bitlathe.tune.options import RtnOptions, SignRoundOptions
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 # What a command needs and `--help` does not; these import torch.
 _LATE: dict[str, str] = {
+    "sweep": "bitlathe.searching:sweep",
+    "plot": "bitlathe.plot:draw",
     "display": "bitlathe.progress:Display",
     "report": "bitlathe.report:read_report",
     "record": "bitlathe.report:record_evaluation",
@@ -53,7 +55,7 @@ class _Commands(TyperGroup):
             if ctx.params["traceback"]:
                 raise
             safe = " Finished blocks are safe: the same command continues after the last of them."
-            words = f"Interrupted.{safe if ctx.invoked_subcommand == 'quantize' else ''}"
+            words = f"Interrupted.{safe if ctx.invoked_subcommand in ('quantize', 'search') else ''}"
             Console(stderr=True).print(words, style="red", highlight=False, soft_wrap=True)
             raise Exit(_INTERRUPTED) from error
 
@@ -63,7 +65,12 @@ app = Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+        # --batch_size is --batch-size, as people know it from other tools.
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
 )
 
 
@@ -75,26 +82,6 @@ class Listing(StrEnum):
     TUNERS = "tuners"
     ROTATIONS = "rotations"
     MODELS = "models"
-
-
-def _default(field: str) -> str:
-    value = Recipe.model_fields[field].default
-    if value in (None, ()):
-        return "none"
-    return ",".join(value) if isinstance(value, tuple) else str(value)
-
-
-_SETTABLE = ", ".join(
-    [
-        f"memory.activations={human(Memory().activations)} (bytes)",
-        *(f"rtn.{name}={value}" for name, value in RtnOptions()),
-        *(f"signround.{name}={'1/iters' if value is None else value}" for name, value in SignRoundOptions()),
-    ]
-)
-
-_Json = Annotated[
-    bool, Option("--json", show_default="off", help="Print one JSON object on standard output and nothing else there.")
-]
 
 
 def _version(wanted: bool) -> None:  # noqa: FBT001 the signature of an option's callback
@@ -118,128 +105,99 @@ def bitlathe_command(
 
 @app.command()
 def quantize(
-    model: Annotated[
-        str | None, Argument(metavar="MODEL", help="Folder, Hub id, or 'builtin'; may stand in the recipe instead.")
-    ] = None,
+    model: options.Model = None,
     *,
     scheme: Annotated[
         str | None,
-        Option(metavar="NAME", show_default=_default("scheme"), help="What every linear gets; see 'bitlathe list schemes'."),
+        Option(
+            metavar="NAME",
+            show_default=options.default("scheme"),
+            help="What every linear gets; see 'bitlathe list schemes'.",
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        Option(
+            "--bits",
+            "--target-bits",
+            metavar="N",
+            show_default="none: one scheme for all",
+            help="Average bits a weight, such as 4.5, never exceeded: a search chooses what every linear gets.",
+        ),
+    ] = None,
+    schemes: options.Schemes = None,
+    include: options.Include = None,
+    group: options.Group = None,
+    plan: Annotated[
+        Path | None,
+        Option(metavar="FILE.yaml", show_default="none", help="What every linear gets, as 'bitlathe search --out' wrote it."),
     ] = None,
     out: Annotated[
         Path | None,
         Option(
+            "--out",
+            "--output-dir",
             metavar="DIR",
             show_default="required",
             help="Folder of the result; with several formats one folder inside it per format.",
         ),
     ] = None,
-    formats: Annotated[
-        str | None,
-        Option("--format", metavar="NAME[,NAME]", show_default=_default("formats"), help="Checkpoints to write, by commas."),
-    ] = None,
+    formats: options.Formats = None,
     tuner: Annotated[
-        str | None, Option(metavar="|".join(TUNERS), show_default=_default("tuner"), help="How codes are found.")
+        str | None, Option(metavar="|".join(TUNERS), show_default=options.default("tuner"), help="How codes are found.")
     ] = None,
-    iters: Annotated[int | None, Option(metavar="N", show_default=_default("iters"), help="Tuning steps a block.")] = None,
-    calib: Annotated[
-        str | None,
-        Option(metavar="NAME|FILE|builtin", show_default=_default("calib"), help="Calibration text: Hub data set or file."),
+    iters: Annotated[
+        int | None, Option(metavar="N", show_default=options.default("iters"), help="Tuning steps a block.")
     ] = None,
-    samples: Annotated[
-        int | None, Option(metavar="N", show_default=_default("samples"), help="Calibration windows (sequences).")
-    ] = None,
-    seqlen: Annotated[
-        int | None, Option(metavar="TOKENS", show_default=_default("seqlen"), help="Length of a window, in tokens.")
-    ] = None,
-    batch_size: Annotated[
-        int | None, Option(metavar="N", show_default=_default("batch_size"), help="Sequences a tuning step.")
-    ] = None,
-    override: Annotated[
-        list[str] | None,
-        Option(metavar="GLOB=SCHEME|keep", show_default="none", help="For linears that match; repeatable, the last wins."),
-    ] = None,
-    rotate: Annotated[
-        list[str] | None,
+    enable_alg_ext: Annotated[
+        bool,
         Option(
-            metavar="R1,R2,R4|hadamard",
-            show_default=_default("rotate"),
-            help="Spread outliers: R1 and R2 (hadamard is both) fold into weights, R4 runs online; see 'bitlathe list "
-            "rotations'. Repeatable.",
+            "--enable-alg-ext", show_default="off", help="signround starts from searched ranges (signround.start=searched)."
         ),
-    ] = None,
-    rotation_block: Annotated[
-        int | None,
-        Option(
-            metavar="N",
-            show_default="whole spaces; of R4 the largest power of two in it",
-            help="Rotate N channels at a time; 32 for MXFP4.",
-        ),
-    ] = None,
-    rotation_seed: Annotated[
-        int | None, Option(metavar="N", show_default=_default("rotation_seed"), help="Of the random signs in rotations.")
-    ] = None,
-    rotation_trials: Annotated[
-        int | None,
-        Option(
-            metavar="K",
-            show_default=_default("rotation_trials"),
-            help="Draw K sign vectors and keep the one with the least activation error.",
-        ),
-    ] = None,
-    act_asymmetric: Annotated[
-        bool | None,
-        Option("--act-asym/--act-sym", show_default="symmetric", help="Integer activations with a zero point, or without."),
-    ] = None,
-    act_clip: Annotated[
-        float | None,
-        Option(
-            metavar="RATIO",
-            show_default=_default("act_clip"),
-            help="Part of the range of activations that is kept; what lies beyond is cut off.",
-        ),
-    ] = None,
-    kv: Annotated[
-        str | None,
-        Option(
-            metavar="|".join(KV_SCHEMES),
-            show_default=_default("kv"),
-            help="Round cached keys and values to 8 or 4 bits; R3 helps at 4.",
-        ),
-    ] = None,
-    recipe: Annotated[
-        Path | None, Option(metavar="FILE.yaml", show_default="none", help="Fields from a file; options win over it.")
-    ] = None,
-    sets: Annotated[
-        list[str] | None,
-        Option("--set", metavar="KEY=VALUE", show_default=_SETTABLE, help="Any recipe field; repeatable, wins over all."),
-    ] = None,
-    device: Annotated[
-        str | None, Option(metavar="auto|cpu|cuda[:i]", show_default=_default("device"), help="Where to compute.")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        Option(metavar="auto|bf16|fp16", show_default=_default("dtype"), help="Of what stays in 16 bits; auto: the model's."),
-    ] = None,
-    seed: Annotated[int | None, Option(metavar="N", show_default=_default("seed"), help="Of every random choice.")] = None,
+    ] = False,
+    calib: options.Calib = None,
+    samples: options.Samples = None,
+    seqlen: options.Seqlen = None,
+    batch_size: options.BatchSize = None,
+    override: options.Override = None,
+    rotate: options.Rotate = None,
+    rotation_block: options.RotationBlock = None,
+    rotation_seed: options.RotationSeed = None,
+    rotation_trials: options.RotationTrials = None,
+    act_asymmetric: options.ActAsymmetric = None,
+    act_clip: options.ActClip = None,
+    kv: options.Kv = None,
+    recipe: options.RecipeFile = None,
+    sets: options.Sets = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    seed: options.Seed = None,
+    scores: options.Scores = None,
+    tasks: options.Tasks = None,
     restart: Annotated[
         bool, Option("--restart", show_default="off", help="Throw away what an earlier run left in --out, finished or not.")
     ] = False,
 ) -> None:
     """Quantize MODEL into a folder. Stopped at any moment, the same command continues."""
-    options = {
+    options.refuse_tasks(tasks)
+    given = {
         "model": model,
         "scheme": scheme,
+        "bits": bits,
+        "schemes": schemes,
+        "include": include,
+        "groups": group,
         "out": out,
         "formats": formats,
         "tuner": tuner,
         "iters": iters,
+        "signround": {"start": "searched"} if enable_alg_ext else None,
         "calib": calib,
         "samples": samples,
         "seqlen": seqlen,
         "batch_size": batch_size,
-        "overrides": parse_overrides(override or ()),
-        "rotate": ",".join(rotate) if rotate else None,
+        "overrides": override,
+        "rotate": rotate,
         "rotation_block": rotation_block,
         "rotation_seed": rotation_seed,
         "rotation_trials": rotation_trials,
@@ -249,16 +207,112 @@ def quantize(
         "device": device,
         "dtype": dtype,
         "seed": seed,
+        "scores": scores,
     }
-    given = {name: value for name, value in options.items() if value is not None}
-    asked = merge(read_yaml(recipe) if recipe else {}, given, parse_sets(sets or ()))
-    fields = asked.model_dump()
+    asked = options.asked(given, recipe, sets, read_plan(plan) if plan else None)
+    if enable_alg_ext and asked.tuner != "signround":
+        raise RecipeError(f"--enable-alg-ext is an option of the tuner signround, and the tuner is {asked.tuner}: leave it out")
+    fields = asked.model_dump(exclude_unset=True)
     with load(_LATE["display"])() as listen:
         bitlathe.quantize(fields.pop("model"), **fields, restart=restart, listen=listen)
     folders = [asked.out / name for name in asked.formats] if len(asked.formats) > 1 else [asked.out]
     # Not this call's own time: the result may be the work of several, or have been there before.
     seconds = load(_LATE["report"])(folders[0])["seconds"]
     tables.show_summary([bitlathe.inspect(folder) for folder in folders], model=asked.model, seconds=seconds)
+
+
+@app.command()
+def search(
+    model: options.Model = None,
+    *,
+    bits: Annotated[
+        list[str] | None,
+        Option(
+            "--bits",
+            "--target-bits",
+            metavar="N[,N]|LOW:HIGH:STEP",
+            show_default="required",
+            help="Average bits a weight; several are answered from one scoring. Repeatable.",
+        ),
+    ] = None,
+    schemes: options.Schemes = None,
+    out: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE.yaml",
+            show_default="none: the plan is only shown",
+            help="Write the plan, to read, to edit, and for 'quantize --plan'; of several each, with its bits in the name.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE.png|.svg|.html", show_default="none", help="Draw bits against KL divergence, and the allocations."
+        ),
+    ] = None,
+    include: options.Include = None,
+    group: options.Group = None,
+    override: options.Override = None,
+    formats: options.Formats = None,
+    calib: options.Calib = None,
+    seqlen: options.Seqlen = None,
+    batch_size: options.BatchSize = None,
+    rotate: options.Rotate = None,
+    rotation_block: options.RotationBlock = None,
+    rotation_seed: options.RotationSeed = None,
+    rotation_trials: options.RotationTrials = None,
+    act_asymmetric: options.ActAsymmetric = None,
+    act_clip: options.ActClip = None,
+    kv: options.Kv = None,
+    recipe: options.RecipeFile = None,
+    sets: options.Sets = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    seed: options.Seed = None,
+    scores: options.Scores = None,
+    as_json: options.Json = False,
+) -> None:
+    """Find which linear of MODEL gets which scheme for an average of N bits a weight. Nothing is quantized."""
+    budgets = options.budgets_of(bits)
+    given = {
+        "model": model,
+        "out": ".",
+        "bits": budgets[0],
+        "schemes": schemes,
+        "include": include,
+        "groups": group,
+        "overrides": override,
+        "formats": formats,
+        "calib": calib,
+        "seqlen": seqlen,
+        "batch_size": batch_size,
+        "rotate": rotate,
+        "rotation_block": rotation_block,
+        "rotation_seed": rotation_seed,
+        "rotation_trials": rotation_trials,
+        "act_asymmetric": act_asymmetric,
+        "act_clip": act_clip,
+        "kv": kv,
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+        "scores": scores,
+    }
+    asked = options.asked(given, recipe, sets)
+    files = refuse_files(out, budgets)
+    if plot is not None:
+        refuse_plot(plot)
+    with load(_LATE["display"])() as listen:
+        found = load(_LATE["sweep"])(asked, budgets, listen)
+    for file, plan, record in zip(files, found.plans, found.records, strict=False):
+        write_plan(file, plan, record["told"])
+    drawn = {"model": asked.model, "budgets": list(found.records), "uniform": list(found.uniform)}
+    if plot is not None:
+        load(_LATE["plot"])(drawn, plot)
+    if as_json:
+        echo(json.dumps(drawn))
+    else:
+        tables.show_search(drawn, files=files)
 
 
 @app.command("eval")
@@ -275,9 +329,11 @@ def eval_command(
     windows: Annotated[
         int | None, Option(metavar="N", show_default="all", help="Windows to measure, from the text's beginning.")
     ] = None,
-    as_json: _Json = False,
+    tasks: options.Tasks = None,
+    as_json: options.Json = False,
 ) -> None:
     """Perplexity, and with --against the KL divergence and top-1 agreement, each with its standard error."""
+    options.refuse_tasks(tasks)
     result = bitlathe.evaluate(folder, against=against, text=text, seqlen=seqlen, windows=windows)
     if load(_LATE["record"])(folder, result):
         Console(stderr=True).print(f"Recorded in {folder}/report.json.", highlight=False, soft_wrap=True)
@@ -289,7 +345,7 @@ def eval_command(
 
 @app.command("inspect")
 def inspect_command(
-    folder: Annotated[str, Argument(metavar="DIR", help="Checkpoint to look at.")], *, as_json: _Json = False
+    folder: Annotated[str, Argument(metavar="DIR", help="Checkpoint to look at.")], *, as_json: options.Json = False
 ) -> None:
     """Every linear: scheme, shape, bits, bytes; then averages, and what was kept and why."""
     result = bitlathe.inspect(folder)

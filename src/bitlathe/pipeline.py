@@ -116,7 +116,7 @@ def _with_mix(ready: Prepared, writer: Writer, listen: Listener) -> Prepared:
     if ready.space is None or ready.recipe.bits is None:
         return ready
     if _MIX not in writer.decided:
-        writer.decide(_MIX, record_of(mix(ready, [ready.recipe.bits], listen), ready.space))
+        writer.decide(_MIX, record_of(mix(ready, [ready.recipe.bits], listen), ready))
     found = writer.decided[_MIX]
     listen(Note(found["told"]))
     plan = ready.space.planned(found["choice"])

@@ -11,14 +11,14 @@ linears:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bitlathe.errors import PlanError, RecipeError
-from bitlathe.io.writer import replace_file
+from bitlathe.errors import OutputError, PlanError, RecipeError
+from bitlathe.io.files import replace_file
 from bitlathe.numerics.scheme import KV_SCHEMES, PRESETS, Scheme, name_of
 from bitlathe.plan import KEEP, ROTATION_NAMES, LayerPlan, Plan
 from bitlathe.recipe import ROTATIONS, read_yaml
@@ -54,6 +54,21 @@ def write_plan(path: Path, plan: Plan, told: str) -> None:
     )
     text = yaml.safe_dump(fields_of(plan), sort_keys=False, default_flow_style=False, width=1000)
     replace_file(path, (head + text).encode())
+
+
+def refuse_files(out: Path | None, budgets: Sequence[float]) -> list[Path]:
+    """The files that the plans for some budgets (bits a weight) will be: `out`, or for several one each, with the bits in its
+    name; none without `out`. Raises OutputError for a folder that is not there, and for a file that is."""
+    if out is None:
+        return []
+    several = len(budgets) > 1
+    files = [out.with_name(f"{out.stem}-{bits:g}{out.suffix}") if several else out for bits in budgets]
+    if not out.parent.is_dir():
+        raise OutputError(f"the folder {out.parent} of --out is not there: make it, or choose another one")
+    for file in files:
+        if file.exists():
+            raise OutputError(f"{file} is there already, perhaps edited: choose another name for --out, or remove it")
+    return files
 
 
 def read_plan(path: Path | str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def spaced(
     every = space_of(plans, names, shapes=shapes, fused=fused, together=recipe.groups, formats=[Native()])
     held, notes = _held(every, formats, skeleton)
     plans = {option: plan for option, plan in plans.items() if option in held}
-    space = space_of(plans, names, shapes=shapes, fused=fused, together=recipe.groups, formats=[Native(), *_coded(formats)])
+    space = space_of(plans, names, shapes=shapes, fused=fused, together=recipe.groups, formats=coded(formats))
     _refuse_beside(space, formats, skeleton)
     _refuse_beyond(space, budgets)
     _refuse_undrawn(recipe, skeleton, space.plan)
@@ -135,9 +135,10 @@ def _included(recipe: Recipe, skeleton: Skeleton) -> list[str]:
     return found
 
 
-def _coded(formats: Iterable[Format]) -> list[Format]:
-    """The formats that hold codes: what a budget is for. An ordinary checkpoint takes 16 bits whatever is chosen."""
-    return [format for format in formats if format.name != "dense"]
+def coded(formats: Iterable[Format]) -> list[Format]:
+    """The formats that a budget is for: the codes that every run keeps, and those asked for that hold codes. An ordinary
+    checkpoint takes 16 bits whatever is chosen."""
+    return [Native(), *(format for format in formats if format.name not in ("native", "dense"))]
 
 
 def _held(space: Space, formats: Iterable[Format], skeleton: Skeleton) -> tuple[list[str], tuple[str, ...]]:

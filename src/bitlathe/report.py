@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from bitlathe.errors import CheckpointError
 from bitlathe.io.checkpoint import Checkpoint, TensorInfo
+from bitlathe.io.files import replace_file
 from bitlathe.io.sizes import human
-from bitlathe.io.writer import REPORT, TOOL, replace_file
+from bitlathe.io.writer import REPORT, TOOL
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.source import open_model, stored_dtype
 from bitlathe.numerics.rotation import cost

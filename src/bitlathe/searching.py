@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from platformdirs import user_cache_path
 from bitlathe.autoscheme.choose import Found, Outcome, choose
 from bitlathe.autoscheme.ground import Ground
 from bitlathe.autoscheme.kept import Kept, Measured
-from bitlathe.autoscheme.space import Space
 from bitlathe.model.source import open_model
 from bitlathe.plan import Plan
+from bitlathe.planning import coded
 from bitlathe.prepare import Prepared, prepare_search
 from bitlathe.recipe import Recipe, merge
 from bitlathe.report import Listener, Note, Searching
@@ -66,7 +67,7 @@ def sweep(recipe: Recipe, budgets: Sequence[float], listen: Listener) -> Searche
         ready = ready.reseeded(signs["draw"])
     assert ready.space is not None
     space, outcome = ready.space, mix(ready, budgets, listen)
-    records = tuple(record_of(outcome, space, place) for place in range(len(budgets)))
+    records = tuple(record_of(outcome, ready, place) for place in range(len(budgets)))
     plans = tuple(space.planned(record["choice"]) for record in records)
     uniform = tuple(
         {"scheme": option, "bits": bits, "kl": found.kl, "error": found.error}
@@ -96,12 +97,14 @@ def mix(ready: Prepared, budgets: Sequence[float], listen: Listener) -> Outcome:
         return choose(ground, kept, budgets, lambda what, done, of: listen(Searching(what, done, of)))
 
 
-def record_of(outcome: Outcome, space: Space, place: int = 0) -> dict[str, Any]:
+def record_of(outcome: Outcome, ready: Prepared, place: int = 0) -> dict[str, Any]:
     """What was found for the budget at `place`, as JSON: what was asked for, what it takes, what was measured, the choice."""
-    found = outcome.founds[place]
+    found, space = outcome.founds[place], ready.space
+    assert space is not None
     return {
         "asked": found.asked,
         "bits": found.bits,
+        "bits_checkpoint": _whole(ready, space.planned(found.choice)),
         "kl": found.measured.kl,
         "error": found.measured.error,
         "schemes": space.options,
@@ -113,6 +116,16 @@ def record_of(outcome: Outcome, space: Space, place: int = 0) -> dict[str, Any]:
         },
         "told": _told(found, outcome.uniform),
     }
+
+
+def _whole(ready: Prepared, plan: Plan) -> float:
+    """Average bits a number of the whole checkpoint, what is kept in 16 bits included."""
+    skeleton, formats = ready.skeleton, coded(ready.formats.values())
+    numbers = sum(prod(shape) for shape in skeleton.shapes.values())
+    rows = {name: plan.linears[name] for name in plan.quantized}
+    kept = numbers - sum(prod(skeleton.linears[name]) for name in rows)
+    stored = sum(max(format.bits(row, skeleton.linears[name]) for format in formats) for name, row in rows.items())
+    return (16 * kept + stored) / numbers
 
 
 def _told(found: Found, uniform: Mapping[str, tuple[float, Measured]]) -> str:

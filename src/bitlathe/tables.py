@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
+from bitlathe.grid import allocation_grid
 from bitlathe.io.sizes import human
 from bitlathe.numerics.scheme import Preset, Scheme, described
 from bitlathe.recipe import Turn
@@ -88,6 +90,30 @@ def show_inspection(result: Mapping[str, Any]) -> None:
         f"weights, {_bits(result['bits_linears'])} of all linears, {_bits(result['bits_checkpoint'])} of the whole checkpoint."
     )
     _print_kept(console, result)
+
+
+def show_search(found: Mapping[str, Any], *, files: Sequence[Path]) -> None:
+    """What a search chose for each budget, beside the uniform schemes, and where the plans are.
+
+    found: {"model", "budgets": [{"asked", "bits", "bits_checkpoint", "kl", "error", "linears"}], "uniform": [{"scheme", "bits",
+    "kl", "error"}]}.
+    """
+    table = Table(
+        "", *_right("bits a weight", "of the whole checkpoint", "KL divergence", "standard error"),
+        title=f"{found['model']}: schemes for each linear, measured on held-out text with weights rounded to nearest",
+    )  # fmt: skip
+    rows = [(row["scheme"] + " for all", row) for row in found["uniform"]]
+    rows += [(f"{row['asked']:g} bits asked for", row) for row in found["budgets"]]
+    for name, row in sorted(rows, key=lambda pair: (pair[1]["bits"], -pair[1]["kl"])):
+        whole = _bits(row.get("bits_checkpoint"))
+        table.add_row(name, _bits(row["bits"]), whole, *_figure({"value": row["kl"], "error": row["error"]}))
+    console = _console()
+    console.print(table)
+    if len(found["budgets"]) == 1:
+        console.print(allocation_grid(found["budgets"][0]["linears"]))
+    for file in files:
+        use = shlex.join(["bitlathe", "quantize", found["model"], "--plan", str(file), "--out", "DIR"])
+        console.print(f"Use it: {use}", markup=False)
 
 
 def show_schemes(presets: Mapping[str, Preset]) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, safe_open
 from torch import Tensor
 
 from bitlathe.errors import OutputError, ResumeError
+from bitlathe.io import files
 from bitlathe.io import writer as module
 from bitlathe.io.checkpoint import DTYPES, Checkpoint
 from bitlathe.io.writer import STATE, Writer, require_room, save
@@ -418,9 +419,9 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.
 
     with writer(out) as opened:
         put(opened, 0)
-        for name in ("save", "_sync"):  # before a byte is written, and when all are
+        for of, name in ((module, "save"), (files, "sync")):  # before a byte is written, and when all are
             with monkeypatch.context() as patch:
-                patch.setattr(module, name, full)
+                patch.setattr(of, name, full)
                 with pytest.raises(
                     OutputError, match=r"is full\. 1 of 3 shards are finished and safe\. Make room and give the same"
                 ):
@@ -445,7 +446,7 @@ def test_a_journal_line_that_did_not_fit_is_written_over(tmp_path: Path, monkeyp
     with writer(out) as opened:
         put(opened, 0)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_sync", lambda path: None)
+            patch.setattr(files, "sync", lambda path: None)
             patch.setattr(os, "fsync", full)  # the line is there, but nobody knows whether it is safe
             with pytest.raises(OutputError, match="is full"):
                 put(opened, 1)
@@ -473,7 +474,7 @@ def test_an_interrupt_leaves_what_is_finished(tmp_path: Path, monkeypatch: pytes
 
     with pytest.raises(KeyboardInterrupt), writer(out) as opened:
         put(opened, 0)
-        monkeypatch.setattr(module, "_sync", interrupt)
+        monkeypatch.setattr(files, "sync", interrupt)
         put(opened, 1)
     monkeypatch.undo()
     with writer(out) as opened:

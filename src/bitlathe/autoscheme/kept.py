@@ -25,8 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bitlathe.errors import OutputError
+from bitlathe.io.files import replace_file, write_aside
 from bitlathe.io.lines import append_line, read_lines
-from bitlathe.io.writer import replace_file, save
+from bitlathe.io.writer import save
 
 
 class Score(BaseModel):
@@ -105,9 +106,8 @@ class Kept:
     def put(self, part: str, scores: Scores, tensors: Mapping[str, Tensor]) -> None:
         """Keep the scores of a part of the model beside those of other options, and `tensors` likewise for `tensors`."""
         with self._disk():
-            aside = self.folder / f"{part}.tmp"
-            save(aside, {**(self.tensors(part) if part in self._parts else {}), **tensors})
-            aside.replace(self.folder / f"{part}.safetensors")
+            with write_aside(self.folder / f"{part}.safetensors") as aside:
+                save(aside, {**(self.tensors(part) if part in self._parts else {}), **tensors})
             rows = {name: {option: score.model_dump() for option, score in row.items()} for name, row in scores.items()}
             append_line(self.folder / "scores.jsonl", {"part": part, "scores": rows})
             self._take(part, rows)

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from bitlathe.errors import OutputError, ResumeError
 from bitlathe.io.checkpoint import CONFIG, DTYPES, INDEX, TensorInfo, read_header
+from bitlathe.io.files import sync, write_aside
 from bitlathe.io.lines import line, whole_lines
 from bitlathe.io.sizes import human
 
@@ -123,7 +124,7 @@ class Writer:
         entry = line({"shard": index, **record})
         with self._disk():
             for stream, named in tensors.items():
-                with _aside(self._state / stream / self._name(index)) as aside:
+                with write_aside(self._state / stream / self._name(index)) as aside:
                     save(aside, named)
             with (self._state / "journal.jsonl").open("r+b") as journal:
                 # an append that failed half way (a full disk) is written over
@@ -211,7 +212,7 @@ class Writer:
         # config.json last: a reader that finds it finds all the rest
         for name, content in sorted({**extra, INDEX: index_file}.items(), key=lambda item: (item[0] == CONFIG, item[0])):
             self._write(to / name, content)
-        _sync(to)
+        sync(to)
 
     def _tell(self) -> None:
         """Bring what is said to those who watch to what is so: a kill may have come between the two."""
@@ -337,7 +338,7 @@ class Writer:
 
     def _write(self, path: Path, content: bytes) -> None:
         """Write a whole file or none of it. The temporary file lies in our own folder, never beside the result."""
-        with _aside(path, self._state) as aside:
+        with write_aside(path, self._state) as aside:
             aside.write_bytes(content)
 
     @contextmanager
@@ -376,12 +377,6 @@ def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for name in order:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` in the place of a file, all of it or nothing."""
-    with _aside(path) as aside:
-        aside.write_bytes(content)
 
 
 def require_room(folder: Path, nbytes: int) -> None:
@@ -426,28 +421,6 @@ def _report(folder: Path) -> dict[str, Any] | None:
         isinstance(report.get(key), list) for key in ("files", "folders")
     )
     return report if whole else None
-
-
-@contextmanager
-def _aside(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """A temporary path that becomes `path` when what was written there is safe on disk, and vanishes when writing fails."""
-    aside = (folder or path.parent) / f"{path.name}.tmp"
-    try:
-        yield aside
-        _sync(aside)
-        os.replace(aside, path)
-        _sync(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _records(lines: bytes) -> dict[int, dict[str, Any]]:
