@@ -15,7 +15,8 @@ from itertools import pairwise
 
 import numpy as np
 
-# Losses that differ by less than this part of themselves are the same: sums in another order give another last digit.
+# States are dropped when they cannot come within this part of the largest loss of the best known one: sums in another order
+# give other last digits.
 _SLACK = 1e-12
 
 
@@ -31,7 +32,8 @@ def allocate(losses: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mapp
         raise ValueError(f"the smallest options take {least}, and the budget is {budget}")
     order = sorted(tables, key=lambda group: tables[group][-1].size - tables[group][0].size)
     bounds = _bounds([tables[group] for group in order])
-    best = _greedy(bounds[0], list(tables.values()), budget)
+    slack = _SLACK * sum(table[0].loss for table in tables.values())
+    best = _greedy(bounds[0], list(tables.values()), budget) + slack
     sizes_so_far, losses_so_far = np.zeros(1, dtype=np.int64), np.zeros(1)
     steps: list[tuple[np.ndarray, np.ndarray]] = []  # state -> the state it came from, and the option it took
     for group, bound in zip(order, bounds[1:], strict=True):
@@ -39,7 +41,7 @@ def allocate(losses: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mapp
         tried_sizes = sizes_so_far[:, None] + np.array([item.size for item in table])
         tried_losses = losses_so_far[:, None] + np.array([item.loss for item in table])
         flat, loss = tried_sizes.ravel(), tried_losses.ravel()
-        hopeful = np.flatnonzero(bound.of(budget - flat) + loss <= best * (1 + _SLACK))
+        hopeful = np.flatnonzero(bound.of(budget - flat) + loss <= best)
         kept = hopeful[_pareto(flat[hopeful], loss[hopeful])]
         steps.append((kept // len(table), kept % len(table)))
         sizes_so_far, losses_so_far = flat[kept], loss[kept]

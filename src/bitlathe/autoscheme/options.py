@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 _FEW = ("W2A16G64", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16")
 _MANY = ("W3A16", "W4A16", "W5A16", "W6A16", "W8A16")
 _LEAST = ("W2A16_CHANNEL", "W2A16")
-# Of those the ones that serving engines load from compressed-tensors.
-_SERVED = ("W4A16", "W8A16")
+# What serving engines load from compressed-tensors: four bits in large and in small groups, and eight.
+_SERVED = ("W4A16", "W4A16G32", "W8A16")
 _ENOUGH, _FEWEST = 4.125, 2.25  # bits of W4A16 and of W2A16G64
 
 
