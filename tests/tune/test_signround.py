@@ -12,10 +12,12 @@ from torch import Tensor
 
 from bitlathe.formats.base import QuantLayer
 from bitlathe.model.hidden import Hidden
+from bitlathe.model.layers import TunedLinear
 from bitlathe.model.walk import Step
 from bitlathe.numerics.project import quantize
 from bitlathe.tune.base import Tuned, block_error
 from bitlathe.tune.options import SignRoundOptions
+from bitlathe.tune.rtn import Rtn
 from bitlathe.tune.signround import SignRound
 from blocks import KINDS, SEQUENCES, as_written, outer_scale, same_codes, schemes_of, turn
 
@@ -196,3 +198,48 @@ def test_a_compiled_step_is_compiled_once_for_all_blocks(monkeypatch: pytest.Mon
         assert same_codes(compiled.layers, eager.layers)
         assert compiled.after == eager.after == error_of(compiled.layers, index=index)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("scheme", KINDS)
+def test_a_searched_start_is_what_the_search_found(scheme: str) -> None:
+    tuned, _ = tune(turn(streams=2, index=1), scheme, iters=0, start="searched")
+    step = turn(streams=1, index=1)
+    searched = Rtn(searched=True, batch_size=4).tune(step, schemes_of(step, scheme), lambda *_: None)
+    assert same_codes(tuned.layers, searched.layers)
+    assert tuned.before == tuned.after == error_of(searched.layers, index=1)
+
+
+@pytest.mark.parametrize("scheme", ["W2A16G32", "W4A16G32_ASYM", "MXFP4A16"])
+def test_from_a_searched_start_ranges_grow_and_shrink_but_not_beyond_twice(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[TunedLinear] = []
+
+    def kept(*args: Any, **kwargs: Any) -> TunedLinear:
+        made.append(TunedLinear(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr("bitlathe.tune.signround.TunedLinear", kept)
+    tune(turn(streams=2, index=1), scheme, iters=12, start="searched", lr=0.02, check_every=1)
+    bounds = {(low, high) for linear in made for _, low, high in linear.bounded()}
+    assert bounds == {(-0.5, 0.5), (0.0, 2.0)}
+    ranges = [(start, learned) for linear in made for start, learned in _ends(linear)]
+    ratios = torch.cat([(learned / start).flatten() for start, learned in ranges])
+    assert 0 <= ratios.min() < 1 < ratios.max() <= 2
+    # A search may find that the other sign should have the longer side; the descent leaves that as it is.
+    assert any((start < 0).any() for start, _ in ranges) == (scheme == "W2A16G32")
+
+
+def _ends(linear: TunedLinear) -> list[tuple[Tensor, Tensor]]:
+    pairs = [(linear.start.low, linear.learned.low), (linear.start.high, linear.learned.high)]
+    return [(start, learned.detach()) for start, learned in pairs if start is not None and learned is not None]
+
+
+def test_a_searched_start_is_a_better_one_at_two_bits() -> None:
+    at = {
+        start: tune(turn(streams=2, index=1), iters=12, lr=0.01, check_every=1, start=start)[0]
+        for start in ("plain", "searched")
+    }
+    before, after = ({start: (tuned.before, tuned.after)[place] for start, tuned in at.items()} for place in (0, 1))
+    assert before["searched"] < before["plain"]
+    assert after["searched"] < before["searched"]

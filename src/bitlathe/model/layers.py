@@ -49,34 +49,47 @@ class StagedLinear(nn.Linear):
 class TunedLinear(StagedLinear):
     """A linear that learns how to be rounded: y = x W'^T + b with W' the projection of W under `learned`.
 
-    weight: [outputs, inputs] float32, fixed. offset [outputs, inputs] in grid steps, low and high [blocks] as multiples of
-    the range's two ends: what is learned. It computes in the dtype of its input's block, `dtype`.
+    weight: [outputs, inputs] float32, fixed. offset [outputs, inputs] in grid steps, low and high [blocks] as multiples of the
+    two ends of the range that `start` gives: what is learned, no multiple above `most`. It computes in the dtype of its input's
+    block, `dtype`.
     """
 
     def __init__(
-        self, linear: StagedLinear, scheme: Scheme, start: Learned, *, peak: Tensor | None, dtype: torch.dtype
+        self,
+        linear: StagedLinear,
+        scheme: Scheme,
+        start: Learned,
+        *,
+        peak: Tensor | None,
+        dtype: torch.dtype,
+        most: float = 1.0,
     ) -> None:
         super().__init__(linear, linear.stage)
-        self.scheme, self.peak, self.dtype = scheme, peak, dtype
+        self.scheme, self.peak, self.dtype, self.start, self.most = scheme, peak, dtype, start, most
         self.weight = nn.Parameter(linear.weight.detach().float(), requires_grad=False)
         self.offset = nn.Parameter(torch.zeros_like(self.weight) if start.offset is None else start.offset.clone())
-        self.low = None if start.low is None else nn.Parameter(start.low.clone())
-        self.high = None if start.high is None else nn.Parameter(start.high.clone())
+        self.low = None if start.low is None else nn.Parameter(torch.ones_like(start.low))
+        self.high = None if start.high is None else nn.Parameter(torch.ones_like(start.high))
 
     @property
     def learned(self) -> Learned:
         """What has been learned so far; `quantize` of the weight with it gives the codes this layer runs."""
-        return Learned(offset=self.offset, low=self.low, high=self.high)
+        low, high = _times(self.start.low, self.low), _times(self.start.high, self.high)
+        return Learned(offset=self.offset, low=low, high=high)
 
     def bounded(self) -> list[tuple[nn.Parameter, float, float]]:
-        """What is learned, each with the bounds it stays in: half a step either way, and never more than the whole range."""
-        ranges = [(end, 0.0, 1.0) for end in (self.low, self.high) if end is not None]
+        """What is learned, each with the bounds it stays in: half a step either way, and a range from nothing to `most`."""
+        ranges = [(end, 0.0, self.most) for end in (self.low, self.high) if end is not None]
         return [(self.offset, -0.5, 0.5), *ranges]
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
         weight = fake_quantize(self.weight, self.scheme, self.learned, peak=self.peak, dtype=self.dtype)
         return F.linear(self.stage(input), weight, self.bias)
+
+
+def _times(start: Tensor | None, multiple: Tensor | None) -> Tensor | None:
+    return None if start is None or multiple is None else start * multiple
 
 
 class QuantLinear(StagedLinear):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from bitlathe.model.block import Block
+from bitlathe.model.hidden import Hidden
 
 # A token is of extreme norm where its |x| is more than this many times the median of its sequence; 25 times in |x|^2.
 _EXTREME = 5.0
@@ -50,3 +55,14 @@ class Moments:
     def mean(self, name: str) -> Tensor | None:
         """E[x^2] [inputs] of the linear `name`; None for one that was given nothing, as an expert may be."""
         return self._sum[name] / self._count[name] if name in self._sum else None
+
+
+@torch.no_grad()
+def moments_of(block: Block, inputs: Hidden, names: Iterable[str], *, batch_size: int) -> Moments:
+    """The moments of what the linears `names` read where the block receives `inputs`."""
+    moments = Moments()
+    with block.watch(names, moments.see):
+        for batch in inputs.batches(batch_size):
+            for part in block.parts(inputs[batch]):
+                block(part)
+    return moments

@@ -23,8 +23,8 @@ Listen = Callable[[int, int, float], None]
 @dataclass(frozen=True)
 class Tuned:
     """A block's codes. before, after: mean squared error of its output against the original's over the tokens that count (see
-    `counting`), rounded to nearest on the plain range and as tuned; None where no text was used. starved: linears that no
-    token of the text reached, so that nothing was learned for them."""
+    `counting`), rounded to nearest on the range that the tuner starts from and as tuned; None where no text was used. starved:
+    linears that no token of the text reached, so that nothing was learned for them."""
 
     layers: dict[str, QuantLayer]
     before: float | None = None

@@ -22,13 +22,15 @@ class RtnOptions(BaseModel):
 class SignRoundOptions(BaseModel):
     """Options of `signround`.
 
-    lr: first learning rate in grid steps, decaying linearly to 0; None is 1/iters. compile: run the tuning step through
-    torch.compile. held_out: how many sequences choose the best state and are not trained on. check_every: steps between two
-    looks at them.
+    start: "plain" begins at each block's whole range and can only shrink it; "searched" at the range that `rtn` would take,
+    which may then become anything from nothing to twice as wide. lr: first learning rate in grid steps, decaying linearly to 0;
+    None is 1/iters. compile: run the tuning step through torch.compile. held_out: how many sequences choose the best state and
+    are not trained on. check_every: steps between two looks at them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    start: Literal["plain", "searched"] = "plain"
     lr: float | None = Field(default=None, gt=0)
     compile: bool = False
     held_out: int = Field(default=8, ge=0)

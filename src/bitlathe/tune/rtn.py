@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from bitlathe.formats.base import QuantLayer
-from bitlathe.model.block import Block
-from bitlathe.model.hidden import Hidden
-from bitlathe.model.moments import Moments
+from bitlathe.model.moments import moments_of
 from bitlathe.model.walk import Step
 from bitlathe.numerics.project import quantize, search
 from bitlathe.numerics.scheme import Scheme
@@ -44,7 +40,7 @@ class Rtn:
         plain = {name: QuantLayer(quantize(weights[name], scheme, peak=peaks[name])) for name, scheme in schemes.items()}
         if inputs is None or not self.searched:
             return Tuned(plain)
-        moments = _moments(block, inputs, schemes, batch_size=self.batch_size)
+        moments = moments_of(block, inputs, schemes, batch_size=self.batch_size)
         batches = inputs.batches(self.batch_size, first=_PROBE)
         layers = {}
         for number, (name, scheme) in enumerate(schemes.items()):
@@ -53,13 +49,3 @@ class Rtn:
             listen(number + 1, len(schemes), 0.0)
         before, after = (rounding_error(block, each, inputs, batches=batches) for each in (plain, layers))
         return Tuned(layers, before, after, tuple(name for name in schemes if moments.mean(name) is None))
-
-
-@torch.no_grad()
-def _moments(block: Block, inputs: Hidden, schemes: Mapping[str, Scheme], *, batch_size: int) -> Moments:
-    moments = Moments()
-    with block.watch(schemes, moments.see):
-        for batch in inputs.batches(batch_size):
-            for part in block.parts(inputs[batch]):
-                block(part)
-    return moments

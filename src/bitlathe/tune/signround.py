@@ -6,12 +6,14 @@ output on the inputs it will really receive against the original block's output 
 are left out of it (see `counting`): a few of them would own the fit.
 
 The original keeps the state with the lowest loss of one minibatch, which is luck as much as merit. Here a few sequences are
-held out, and the state that is best on them is kept.
+held out, and the state that is best on them is kept. `start="searched"` begins at the range that loses least where the inputs
+are large, and lets it become up to twice as wide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +22,9 @@ from bitlathe.formats.base import QuantLayer
 from bitlathe.model.block import Block
 from bitlathe.model.hidden import Hidden
 from bitlathe.model.layers import TunedLinear
-from bitlathe.model.moments import counting
+from bitlathe.model.moments import counting, moments_of
 from bitlathe.model.walk import Step
-from bitlathe.numerics.project import Learned, quantize
+from bitlathe.numerics.project import Learned, quantize, search
 from bitlathe.numerics.scheme import Scheme
 from bitlathe.tune.base import Listen, Tuned, block_error
 from bitlathe.tune.options import SignRoundOptions, TuneOptions
@@ -30,6 +32,8 @@ from bitlathe.tune.options import SignRoundOptions, TuneOptions
 # Only the sign of a gradient is used. The factor of a mean, one over millions, would put it below what fp16 holds; with none,
 # sums over tokens could go beyond.
 _FACTOR = 2.0**-6
+# How much wider than the searched one a range may become.
+_WIDER = 2.0
 
 
 class SignRound:
@@ -51,8 +55,10 @@ class SignRound:
         assert inputs is not None and targets is not None
         peaks = block.peaks(schemes)
         weights = {name: block.weight(name) for name in schemes}
+        starts = self._starts(block, inputs, weights, schemes)
+        most = _WIDER if self.options.start == "searched" else 1.0
         tuned = {
-            name: TunedLinear(block.linear(name), scheme, start_of(weights[name], scheme), peak=peaks[name], dtype=block.dtype)
+            name: TunedLinear(block.linear(name), scheme, starts[name], peak=peaks[name], dtype=block.dtype, most=most)
             for name, scheme in schemes.items()
         }
         block.swap(tuned)
@@ -63,6 +69,20 @@ class SignRound:
         }
         starved = tuple(name for name, linear in tuned.items() if self.iters and linear.offset not in reached)
         return Tuned(layers, before, after, starved)
+
+    def _starts(
+        self, block: Block, inputs: Hidden, weights: Mapping[str, Tensor], schemes: Mapping[str, Scheme]
+    ) -> dict[str, Learned]:
+        """Where the descent starts, linear by linear."""
+        starts = {name: start_of(weights[name], scheme) for name, scheme in schemes.items()}
+        if self.options.start == "plain":
+            return starts
+        moments, peaks = moments_of(block, inputs, schemes, batch_size=self.batch_size), block.peaks(schemes)
+        for name, plain in starts.items():
+            if plain.high is not None:
+                found = search(weights[name], schemes[name], moments.mean(name), peak=peaks[name])
+                starts[name] = replace(plain, low=found.low, high=found.high)
+        return starts
 
     def _descend(
         self, block: Block, tuned: list[TunedLinear], inputs: Hidden, targets: Hidden, listen: Listen
