@@ -28,16 +28,22 @@ FROZEN = {
     "quantize": [
         "MODEL",
         "--scheme",
-        "--out",
+        "--bits|--target-bits",
+        "--schemes|--options",
+        "--include",
+        "--group",
+        "--plan",
+        "--out|--output-dir",
         "--format",
         "--tuner",
         "--iters",
-        "--calib",
-        "--samples",
+        "--enable-alg-ext",
+        "--calib|--dataset",
+        "--samples|--nsamples",
         "--seqlen",
         "--batch-size",
         "--override",
-        "--rotate",
+        "--rotate|--rotation-type",
         "--rotation-block",
         "--rotation-seed",
         "--rotation-trials",
@@ -49,9 +55,39 @@ FROZEN = {
         "--device",
         "--dtype",
         "--seed",
+        "--scores",
+        "--tasks",
         "--restart",
     ],
-    "eval": ["DIR", "--against", "--text", "--seqlen", "--windows", "--json"],
+    "search": [
+        "MODEL",
+        "--bits|--target-bits",
+        "--schemes|--options",
+        "--out",
+        "--plot",
+        "--include",
+        "--group",
+        "--override",
+        "--format",
+        "--calib|--dataset",
+        "--seqlen",
+        "--batch-size",
+        "--rotate|--rotation-type",
+        "--rotation-block",
+        "--rotation-seed",
+        "--rotation-trials",
+        "--act-asym/--act-sym",
+        "--act-clip",
+        "--kv",
+        "--recipe",
+        "--set",
+        "--device",
+        "--dtype",
+        "--seed",
+        "--scores",
+        "--json",
+    ],
+    "eval": ["DIR", "--against", "--text", "--seqlen", "--windows", "--tasks", "--json"],
     "inspect": ["DIR", "--json"],
     "list": ["WHAT"],
     "demo": ["--out"],
@@ -125,7 +161,7 @@ def test_the_options_are_frozen() -> None:
         name: [
             parameter.metavar or parameter.name.upper()
             if parameter.param_type_name == "argument"
-            else "/".join([parameter.opts[0], *parameter.secondary_opts])
+            else "/".join(["|".join(parameter.opts), *parameter.secondary_opts])
             for parameter in command.params
         ]
         for name, command in commands.items()
@@ -202,8 +238,44 @@ def test_quantize_passes_everything_on(asked: dict[str, dict[str, Any]], tmp_pat
         device="cpu",
         memory={"activations": 2**30},
         signround={"lr": 0.5},
-    ).model_dump(exclude={"model"})
+    ).model_dump(exclude={"model"}, exclude_unset=True)
+    # What is not said is not passed on, so that what says it otherwise is not contradicted.
     assert call == expected | {"restart": True}
+
+
+@pytest.mark.usefixtures("finished")
+def test_what_people_type_who_come_from_another_tool(asked: dict[str, dict[str, Any]]) -> None:
+    done = invoke(
+        *("quantize", "builtin", "--options", "INT4,INT8", "--target_bits", "5", "--rotation_type", "hadamard", "--iters", "1"),
+        *("--format", "fake", "--enable_alg_ext", "--output_dir", "out_dir", "--batch_size", "4", "--nsamples", "16"),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    call = asked["quantize"]
+    given = {name: value for name, value in call.items() if name not in ("args", "listen", "restart")}
+    assert given == {
+        "schemes": ("W4A4", "W8A8"),
+        "bits": 5.0,
+        "rotate": ("R1", "R2"),
+        "iters": 1,
+        "formats": ("dense",),
+        "signround": {"start": "searched"},
+        "out": Path("out_dir"),
+        "batch_size": 4,
+        "samples": 16,
+    }
+
+
+@pytest.mark.parametrize("command", [("quantize", "nowhere", "--out", "o"), ("eval", "nowhere")])
+def test_tasks_are_refused_before_any_work_starts(command: tuple[str, ...]) -> None:
+    done = invoke(*command, "--tasks", "piqa")
+    assert done.exit_code == 2
+    assert "tasks of lm-eval are not part of this version" in done.stderr and "bitlathe eval" in done.stderr
+
+
+def test_an_extension_of_another_tuner_is_refused(asked: dict[str, dict[str, Any]]) -> None:
+    done = invoke("quantize", "builtin", "--out", "o", "--tuner", "rtn", "--enable-alg-ext")
+    assert done.exit_code == 2 and "the tuner is rtn" in done.stderr
+    assert "quantize" not in asked
 
 
 @pytest.mark.usefixtures("finished")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,11 @@ def test_defaults_are_the_documented_ones() -> None:
         "out": Path("out"),
         "scheme": "W4A16",
         "overrides": {},
+        "linears": {},
+        "bits": None,
+        "schemes": (),
+        "include": (),
+        "groups": (),
         "rotate": (),
         "rotation_block": None,
         "rotation_seed": 0,
@@ -42,8 +48,10 @@ def test_defaults_are_the_documented_ones() -> None:
         "dtype": "auto",
         "seed": 0,
         "memory": {"activations": 4 * 2**30},
+        "scores": None,
+        "search": {"tokens": 32768, "held_out": 8192},
         "rtn": {"scale": "searched"},
-        "signround": {"lr": None, "compile": False, "held_out": 8, "check_every": 20},
+        "signround": {"start": "plain", "lr": None, "compile": False, "held_out": 8, "check_every": 20},
     }
 
 
@@ -55,6 +63,34 @@ def test_a_recipe_survives_its_own_dump() -> None:
     )
     assert Recipe(**recipe.model_dump()) == recipe
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    searched = merge(
+        MINIMAL, {"bits": 4.5, "schemes": "int4,W8A8,BF16", "include": "lm_head", "groups": [["*q_proj", "*o_proj"]]}
+    )
+    assert searched.schemes == ("W4A4", "W8A8", "keep")
+    assert Recipe(**searched.model_dump()) == searched
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"bits": 4.5, "scheme": "W4A16"}, "leave one of the two out"),
+        ({"bits": 4.5, "linears": {"a": "W4A16"}}, "leave one of the two out"),
+        ({"linears": {"a": "W4A16"}, "overrides": {"*": "keep"}}, "leave one of the two out"),
+        ({"schemes": "W4A16"}, "schemes is for a search, and none is asked for"),
+        ({"include": "lm_head"}, "include is for a search"),
+        ({"groups": [["*"]]}, "groups is for a search"),
+        ({"bits": 4.5, "schemes": "W4A16,W4A16"}, "named twice"),
+        ({"bits": 4.5, "schemes": "W9A16"}, "unknown scheme 'W9A16'"),
+        ({"bits": 0}, "greater than 0"),
+        ({"bits": 17}, "less than or equal to 16"),
+        ({"bits": 4.5, "search": {"tokens": 0}}, "greater than 0"),
+        ({"bits": 4.5, "search": {"windows": 4}}, "search.held_out"),
+    ],
+)
+def test_one_way_to_say_what_a_linear_gets(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError) as found:
+        merge(MINIMAL, fields)
+    assert words.lower() in str(found.value).lower()
 
 
 @pytest.mark.parametrize(

@@ -150,30 +150,16 @@ class Recipe(BaseModel):
     @classmethod
     def _in_our_words(cls, data: Any, handler: ModelWrapValidatorHandler[Recipe]) -> Recipe:
         try:
-            return handler(data)
+            recipe = handler(data)
         except ValidationError as error:
             raise RecipeError(_explain(error)) from error
+        recipe._refuse_two_ways()
+        return recipe
 
     @field_validator("model", "calib", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Recipe:
-        """One way to say what a linear gets."""
-        given = self.model_fields_set
-        if self.bits is not None:
-            other = [name for name in ("scheme", "linears") if name in given and getattr(self, name)]
-            if other:
-                raise ValueError(f"bits asks for a search, and {other[0]} says what it would choose: leave one of the two out")
-        elif lone := [name for name in ("schemes", "include", "groups") if getattr(self, name)]:
-            raise ValueError(
-                f"{lone[0]} is for a search, and none is asked for: give bits as well, such as 4.5, or leave it out"
-            )
-        if self.linears and (other := [name for name in ("scheme", "overrides") if name in given and getattr(self, name)]):
-            raise ValueError(f"linears says what every linear gets, and so does {other[0]}: leave one of the two out")
-        return self
 
     @field_validator("out", "scores")
     @classmethod
@@ -276,6 +262,18 @@ class Recipe(BaseModel):
             return value
         raise ValueError(f"a section, not a value: set one of its fields, {_fields_of(str(info.field_name))}")
 
+    def _refuse_two_ways(self) -> None:
+        """There is one way to say what a linear gets."""
+        if self.bits is not None and self.linears:
+            raise RecipeError("bits asks for a search, and linears says what it would choose: leave one of the two out")
+        lone = [name for name in ("schemes", "include", "groups") if getattr(self, name)]
+        if self.bits is None and lone:
+            raise RecipeError(
+                f"{lone[0]} is for a search, and none is asked for: give bits as well, such as 4.5, or leave it out"
+            )
+        if self.linears and self.overrides:
+            raise RecipeError("linears says what every linear gets, and so do overrides: leave one of the two out")
+
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         """The recipe in a yaml file, which must name `model` and `out`. Raises RecipeError."""
@@ -316,6 +314,11 @@ def merge(*layers: Mapping[str, Any]) -> Recipe:
                 # A key that is given again moves to the end: of overrides, the last that matches wins.
                 value = {key: kept for key, kept in before.items() if key not in value} | dict(value)
             merged[name] = value
+    if merged.get("bits") is not None and merged.get("scheme") is not None:
+        raise RecipeError(
+            f"bits={merged['bits']} asks for a search, which chooses a scheme for every linear, and scheme={merged['scheme']} "
+            "gives one to all. Leave one of the two out; what a search chooses from is named in schemes"
+        )
     return Recipe.model_validate(merged)
 
 
