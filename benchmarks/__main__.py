@@ -1,7 +1,8 @@
 """python -m benchmarks [--model M] [--calib T] [--text T] [--only NAME,NAME]: print the tables of docs/benchmarks.md.
 
 quality: KL and perplexity of every tuner at 4, 3 and 2 bits. overhead: the tuning loop against the passes it consists of.
-depth: peak memory of two models that differ in depth alone. startup: how soon the package and its help answer.
+mix: KL of mixes against that of uniform schemes. mix-scores: rank correlation of scores with true KL. mix-cost: scoring against
+a forward pass. depth: peak memory of two models that differ in depth alone. startup: how soon the package and its help answer.
 rotation-w4a4, rotation-fp4: KL of quantized weights and activations with and without rotation, tuned and not; with "-outliers"
 after the name the same on the model with outliers added. rotation-float: how far rotations alone move float logits.
 rotation-cost: forward passes with a rotation online against the same without.
@@ -15,7 +16,7 @@ import platform
 import torch
 import transformers
 
-from benchmarks import depth, overhead, quality, rotation, startup
+from benchmarks import depth, mix, overhead, quality, rotation, startup
 from bitlathe.version import VERSION
 
 TABLES = {
@@ -23,6 +24,9 @@ TABLES = {
     "overhead": lambda a: overhead.table(a.model, a.calib, device=a.device),
     "depth": lambda a: depth.table(),
     "startup": lambda a: startup.table(),
+    "mix": lambda a: mix.gains(_source(a)),
+    "mix-scores": lambda a: mix.foretold(_source(a)),
+    "mix-cost": lambda a: mix.cost(_source(a)),
     "rotation-float": lambda a: rotation.unmoved(a.model, device=a.device),
     "rotation-cost": lambda a: rotation.cost(a.model, device=a.device),
     "rotation-w4a4": lambda a: rotation.accuracy(_source(a), ("W4A4",), rotation.WHOLE),
