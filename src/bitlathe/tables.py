@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from bitlathe.grid import allocation_grid
+from bitlathe.grid import allocation_grid, mixed
 from bitlathe.io.sizes import human
 from bitlathe.numerics.scheme import Preset, Scheme, described
 from bitlathe.recipe import Turn
@@ -84,6 +84,9 @@ def show_inspection(result: Mapping[str, Any]) -> None:
         table.add_row(*names, "x".join(map(str, row["shape"])), _bits(row["bits"]), f"{row['bytes']:,}")
     console = _console()
     console.print(table)
+    schemes = {row["name"]: row["scheme"] for row in result["linears"]}
+    if mixed(schemes):
+        console.print(allocation_grid(schemes))
     _print_rotations(console, result)
     console.print(
         f"{human(result['bytes'])} in all. Average bits as the file holds them: {_bits(result['bits_quantized'])} of quantized "
