@@ -71,10 +71,15 @@ def everything(folder: Path) -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
 
 
+def _said(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without what is taken back by None."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def refused(error: type[BitlatheError], model: Path, words: Iterable[str], **changes: Any) -> str:
     """Ask for a run that is refused with all of `words`; the folder around the model must be as before."""
     before = everything(model.parent)
-    asked = {"out": model.parent / "q", "calib": str(model / "text.txt"), **RTN, **changes}
+    asked = _said({"out": model.parent / "q", "calib": str(model / "text.txt"), **RTN, **changes})
     with pytest.raises(error) as found:
         bitlathe.quantize(str(model), **asked)
     assert type(found.value) is error
@@ -530,4 +535,76 @@ def test_on_the_command_line(model: Path, options: list[str], words: list[str]) 
     assert done.stderr.startswith("Error: ")
     assert done.stderr.count("\n") == 1
     assert all(word in done.stderr for word in words), done.stderr
+    assert everything(model.parent) == before
+
+
+# Searches
+
+SEARCH: dict[str, Any] = {"scheme": None, "bits": 4.5, "schemes": "W3A16G32,W8A16G32", "search": {"tokens": 64, "held_out": 32}}
+
+
+@pytest.mark.usefixtures("sealed")
+@pytest.mark.parametrize(
+    ("error", "changes", "words"),
+    [
+        (PlanError, {"bits": 3.4}, ["3.4 bits a weight cannot be had", "W3A16G32, W8A16G32 take from 3.500 to 8.500"]),
+        (PlanError, {"bits": 9.0}, ["9 bits a weight cannot be had", "from 3.500 to 8.500", "other --schemes"]),
+        (PlanError, {"schemes": "keep"}, ["nothing but keep", "--schemes"]),
+        (PlanError, {"schemes": "W4A16,W8A16"}, ["none of the schemes W4A16, W8A16 fits", "64 inputs", "_CHANNEL", "=keep"]),
+        (PlanError, {"include": "lm_heed"}, ["--include lm_heed matches no linear", "lm_head"]),
+        (PlanError, {"groups": [["*.o_proj", "*.oo_proj"]]}, ["'*.oo_proj' matches none", "begin with *"]),
+        (PlanError, {"overrides": {"*": "W4A16G32"}}, ["every linear has an override", "--bits"]),
+        (PlanError, {"act_clip": 0.9}, ["--act-clip is for quantized activations"]),
+        (PlanError, {"schemes": "NVFP4,MXFP4", "act_asymmetric": True}, ["--act-asym is for integer activations"]),
+        (PlanError, {"rotation_trials": 2, "rotate": "R1"}, ["--rotation-trials", "W4A4"]),
+        (
+            FormatError,
+            {"formats": "compressed-tensors", "dtype": "fp16", "schemes": "MXFP4A16,MXFP8A16"},
+            ["none of the schemes", "MXFP4A16: ", "--dtype bf16"],
+        ),
+        (
+            FormatError,
+            {"formats": "compressed-tensors", "schemes": "W4A16G32_ASYM,W8A16G32"},
+            ["zero points beside other schemes", "symmetric"],
+        ),
+        (CalibrationError, {"seqlen": 190}, ["one window of 190 tokens", "another one to measure on", "--seqlen"]),
+        (RecipeError, {"scheme": "W4A16"}, ["Leave one of the two out", "schemes"]),
+    ],
+    ids=lambda part: "",
+)
+def test_a_search_that_cannot_be_done(
+    model: Path, error: type[BitlatheError], changes: dict[str, Any], words: list[str]
+) -> None:
+    asked = {**SEARCH, "scores": model.parent / "scores", **changes}
+    refused(error, model, words, **asked)
+    before = everything(model.parent)
+    alone = _said({**RTN, **asked})
+    with pytest.raises(error):
+        bitlathe.search(str(model), calib=str(model / "text.txt"), **alone)
+    assert everything(model.parent) == before
+
+
+@pytest.mark.usefixtures("sealed")
+def test_an_option_that_a_format_cannot_hold_is_left_out_and_told(model: Path) -> None:
+    asked = {"out": model.parent / "q", "calib": model / "text.txt", **RTN, **SEARCH, "schemes": "MXFP4A16,W3A16G32,W8A16G32"}
+    ready = prepare(merge(_said({"model": model, "formats": "compressed-tensors", "dtype": "fp16", **asked})))
+    assert ready.space is not None and ready.space.options == ["W3A16G32", "W8A16G32"]
+    assert any(note.startswith("MXFP4A16 is left out of the search: ") and "bf16" in note for note in ready.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--bits", "four"), "no number of bits"),
+        (("--bits", "4.5", "--plot", "a.pdf"), "one of .png, .svg, .html"),
+        (("--bits", "4.5", "--out", "none/plan.yaml"), "is not there"),
+        (("--bits", "4.5,20", "--schemes", "W3A16G32,W8A16G32"), "20 bits a weight cannot be had"),
+        ((), "no number of bits"),
+    ],
+)
+@pytest.mark.usefixtures("sealed")
+def test_a_search_on_the_command_line(model: Path, options: tuple[str, ...], words: str) -> None:
+    before = everything(model.parent)
+    done = CliRunner().invoke(cli.app, ["search", str(model), "--calib", str(model / "text.txt"), "--seqlen", "16", *options])
+    assert done.exit_code == 2 and words in done.stderr
     assert everything(model.parent) == before
