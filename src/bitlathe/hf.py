@@ -100,8 +100,14 @@ class BitlatheQuantizer(HfQuantizer):
         arch = arch_for(model.config.to_dict())
         split_experts(model, arch)
         shapes = linears_of(model, arch)
-        plan = self._plan(list(shapes))
+        stored = {name for group in self.quantization_config.to_dict()["groups"] for name in group["linears"]}
+        plan = self._plan([*shapes, *(name for name in (arch.embed,) if name in stored)])
         rows = {name: plan.linears[name] for name in plan.quantized}
+        tables = [name for name in rows if name not in shapes]
+        if tables:
+            raise FormatError(
+                f"{tables[0]}, the embeddings, are quantized, which AutoModelForCausalLM cannot load here: use bitlathe.load"
+            )
         if not checkpoint_files:
             raise CheckpointError("there is no file to read codes from: give from_pretrained the folder that bitlathe wrote")
         folder = Path(checkpoint_files[0]).parent

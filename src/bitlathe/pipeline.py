@@ -16,6 +16,7 @@ from bitlathe.formats import FORMATS
 from bitlathe.formats.base import Format, QuantLayer
 from bitlathe.io.writer import Writer
 from bitlathe.model.block import Block
+from bitlathe.model.edit import coded
 from bitlathe.model.static import static_scales
 from bitlathe.model.walk import Start, Step, walk
 from bitlathe.plan import KEEP, Plan
@@ -154,6 +155,7 @@ def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener, *, bega
     block.quantize_inputs(ready.plan, fixed)
     tuned = _tune(ready, step, schemes, listen)
     layers = {name: replace(layer, input=fixed.get(name)) for name, layer in tuned.layers.items()}
+    written = layers | (_table(ready) if block.index == depth else {})
     note = _note(block.name or "head", tuned, ready.plan.dtype)
     if note is not None:
         listen(Note(note))
@@ -164,7 +166,7 @@ def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener, *, bega
         block=block.index,
         blocks=depth,
         name=block.name or "head",
-        linears=len(schemes),
+        linears=len(written),
         loss_before=tuned.before,
         loss_after=tuned.after,
         seconds=now - started,
@@ -175,7 +177,7 @@ def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener, *, bega
     )
     writer.put(
         block.index,
-        {stream: kept | _encoded(named(stream, FORMATS, "format")(), layers, ready.plan) for stream in ready.streams},
+        {stream: kept | _encoded(named(stream, FORMATS, "format")(), written, ready.plan) for stream in ready.streams},
         report.model_dump(),
     )
     return report
@@ -201,8 +203,17 @@ def _kept_tensors(ready: Prepared, block: Block, schemes: Mapping[str, Any]) -> 
         names = skeleton.parameters_of(block.name)
     else:
         names = [name for name in skeleton.shapes if not name.startswith(f"{skeleton.arch.blocks}.")]
-    coded = {f"{name}.weight" for name in schemes}
+    coded = {f"{name}.weight" for name in (*schemes, skeleton.arch.embed) if name in ready.plan.quantized}
     return {name: tensor.cpu() for name, tensor in ready.weights.read(name for name in names if name not in coded).items()}
+
+
+def _table(ready: Prepared) -> dict[str, QuantLayer]:
+    """The codes of the embeddings, where the plan quantizes them: those that the text was embedded with."""
+    table = ready.skeleton.arch.embed
+    if table not in ready.plan.quantized:
+        return {}
+    weight = f"{table}.weight"
+    return {table: QuantLayer(coded(ready.weights.unrounded.read([weight])[weight], ready.plan.quantized[table]))}
 
 
 def _note(name: str, tuned: Tuned, dtype: str) -> str | None:

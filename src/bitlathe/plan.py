@@ -203,7 +203,7 @@ def rotated(
         if arch.folds(rotation.space):
             untied = untied or (tied and rotation.space == "residual")
         elif rotation.space != "qk":
-            readers = [name for name in plan.quantized if rows[name].reads == rotation.space]
+            readers = [name for name in plan.quantized if name in rows and rows[name].reads == rotation.space]
             if not readers:
                 _refuse_idle(rotation, rows)
             linears |= {name: linears[name].model_copy(update={"online": settled}) for name in readers}

@@ -12,7 +12,7 @@ from bitlathe.errors import FormatError, PlanError
 from bitlathe.formats.base import Format
 from bitlathe.formats.native import Native
 from bitlathe.model.skeleton import Skeleton
-from bitlathe.numerics.scheme import GRIDS, KV_SCHEMES, preset_named
+from bitlathe.numerics.scheme import GRIDS, KV_SCHEMES, name_of, preset_named
 from bitlathe.plan import KEEP, LayerPlan, Plan, explicit, refuse_ragged, resolve, rotated, with_inputs
 from bitlathe.recipe import Recipe
 from bitlathe.tune.signs import drawn_for
@@ -26,12 +26,13 @@ _ROUTER = "routers choose the experts, and are never quantized"
 def planned(recipe: Recipe, skeleton: Skeleton, dtype: Dtype) -> tuple[Plan, dict[str, str]]:
     """What happens to every linear, and why some are kept. Raises PlanError for what cannot be done."""
     if recipe.linears:
-        explicit(recipe.linears, skeleton.linears, skeleton.fused)
+        explicit(recipe.linears, skeleton.matrices(recipe.linears), skeleton.fused)
         # Routers have a line, and there is no choice for them.
-        linears = {name: scheme for name, scheme in recipe.linears.items() if not skeleton.rows[name].router}
+        routers = {name for name, row in skeleton.rows.items() if row.router}
+        linears = {name: scheme for name, scheme in recipe.linears.items() if name not in routers}
         recipe = recipe.model_copy(update={"overrides": linears})
     plan, reasons = _resolved(recipe, skeleton, dtype)
-    refuse_ragged(plan, skeleton.linears)
+    refuse_ragged(plan, skeleton.matrices(plan.quantized))
     _refuse_undrawn(recipe, skeleton, plan)
     return plan, reasons
 
@@ -47,7 +48,7 @@ def spaced(
     options = recipe.schemes or default_schemes(budgets, recipe.formats)
     plans, reasons = _plans(recipe, skeleton, dtype, options)
     names = _in_play(recipe, plans)
-    shapes, fused = skeleton.linears, skeleton.fused
+    shapes, fused = skeleton.matrices({skeleton.arch.embed}), skeleton.fused
     every = space_of(plans, names, shapes=shapes, fused=fused, together=recipe.groups, formats=[Native()])
     held, notes = _held(every, formats, skeleton)
     plans = {option: plan for option, plan in plans.items() if option in held}
@@ -67,10 +68,11 @@ def _resolved(recipe: Recipe, skeleton: Skeleton, dtype: Dtype) -> tuple[Plan, d
     head = skeleton.arch.head
     kept = {head: "shares its weight with the embeddings" if shared else "the output head stays in 16 bits unless asked for"}
     shapes = {name: shape for name, shape in skeleton.linears.items() if not skeleton.rows[name].router}
-    plan, reasons = resolve(shapes, recipe.scheme, recipe.overrides, dtype=dtype, kept=kept, tied=shared)
-    rows = {name: plan.linears.get(name, LayerPlan()) for name in skeleton.linears}
+    table, overrides = _table(recipe.overrides, skeleton, dtype, shared=bool(shared))
+    plan, reasons = resolve(shapes, recipe.scheme, overrides, dtype=dtype, kept=kept, tied=shared)
+    rows = {name: plan.linears.get(name, LayerPlan()) for name in skeleton.linears} | table
     plan = plan.model_copy(update={"linears": rows})
-    reasons |= {name: _ROUTER for name in rows if name not in shapes}
+    reasons |= {name: _ROUTER for name in rows if name not in shapes and name not in table}
     if not plan.quantized:
         raise PlanError("every linear is kept in 16 bits, so there is nothing to do: give a scheme, or fewer overrides")
     plan = with_inputs(plan, asymmetric=recipe.act_asymmetric, clip=recipe.act_clip)
@@ -78,6 +80,34 @@ def _resolved(recipe: Recipe, skeleton: Skeleton, dtype: Dtype) -> tuple[Plan, d
         plan = plan.model_copy(update={"kv": KV_SCHEMES[recipe.kv].served_in(dtype)})
     plan = rotated(plan, wanted, skeleton.arch, skeleton.rows, widths=skeleton.widths, tied=bool(skeleton.tied))
     return plan, reasons
+
+
+def _table(
+    overrides: Mapping[str, str], skeleton: Skeleton, dtype: Dtype, *, shared: bool
+) -> tuple[dict[str, LayerPlan], dict[str, str]]:
+    """The row of the embeddings, if they are quantized, and the overrides that are left for linears.
+
+    An override is for the embeddings if it matches them and no linear, or matches the head alone where that shares their weight
+    (`shared`) and is to be quantized. Raises PlanError for a scheme with activations, which embeddings do not have.
+    """
+    table, head, wanted, left = skeleton.arch.embed, skeleton.arch.head, KEEP, {}
+    for glob, scheme in overrides.items():
+        matched = [glob] if glob in skeleton.linears else [name for name in skeleton.linears if fnmatchcase(name, glob)]
+        to_head = shared and matched == [head] and scheme != KEEP
+        if to_head or (not matched and fnmatchcase(table, glob)):
+            wanted = scheme
+        else:
+            left[glob] = scheme
+    if wanted == KEEP:
+        return {}, left
+    preset = preset_named(wanted, dtype)
+    if preset.input is not None:
+        also = f", whose weight {head} shares. Or give that a weight of its own with --rotate R1" if shared else ""
+        raise PlanError(
+            f"{wanted} rounds activations, and {table} has none to round: ask for its weights alone, "
+            f"{name_of(preset.weight)}{also}"
+        )
+    return {table: LayerPlan(weight=preset.weight)}, left
 
 
 def _refuse_undrawn(recipe: Recipe, skeleton: Skeleton, plan: Plan) -> None:
@@ -101,7 +131,7 @@ def _plans(recipe: Recipe, skeleton: Skeleton, dtype: Dtype, options: Sequence[s
     for option in schemes:
         own = {
             "scheme": option,
-            "overrides": dict.fromkeys(_included(recipe, skeleton), option) | recipe.overrides,
+            "overrides": _included(recipe, skeleton, option) | recipe.overrides,
             "act_asymmetric": recipe.act_asymmetric and (option in integers or not integers),
             "act_clip": recipe.act_clip if option in rounded or (asks and not rounded) else 1.0,
         }
@@ -124,15 +154,22 @@ def _in_play(recipe: Recipe, plans: Mapping[str, Plan]) -> list[str]:
     return names
 
 
-def _included(recipe: Recipe, skeleton: Skeleton) -> list[str]:
-    """Names of what joins a search though it is kept unless asked for."""
-    found = []
+def _included(recipe: Recipe, skeleton: Skeleton, option: str) -> dict[str, str]:
+    """What joins a search though it is kept unless asked for, each with what it gets where the others get `option`."""
+    table = skeleton.arch.embed
+    found: dict[str, str] = {}
     for glob in recipe.include:
-        matched = [name for name in skeleton.linears if fnmatchcase(name, glob) or name.rpartition(".")[2] == glob]
+        names = skeleton.matrices({table})
+        matched = [name for name in names if fnmatchcase(name, glob) or name.rpartition(".")[2] == glob]
         if not matched:
-            raise PlanError(f"--include {glob} matches no linear of the model. What can be included is {skeleton.arch.head}")
-        found += matched
-    return found
+            raise PlanError(
+                f"--include {glob} matches no linear of the model. What can be included is {skeleton.arch.head} and {table}"
+            )
+        found |= dict.fromkeys(matched, option)
+    # What the embeddings get has no activations, and where the head shares their weight, so does what is meant for the head.
+    shared = skeleton.tied and not any(rotation.space == "residual" for rotation in recipe.rotations())
+    weights = name_of(preset_named(option).weight)
+    return {name: weights if name == table or shared else scheme for name, scheme in found.items()}
 
 
 def coded(formats: Iterable[Format]) -> list[Format]:

@@ -102,7 +102,8 @@ class Prepared:
         names = {f"{name}.weight" for name in rows}
         kept = sum(2 * prod(shape) for name, shape in self.skeleton.shapes.items() if name not in names)
         streams: list[Format] = [named(name, FORMATS, "format")() for name in self.streams]
-        bits = sum(stream.bits(row, self.skeleton.linears[name]) for stream in streams for name, row in rows.items())
+        shapes = self.skeleton.matrices(rows)
+        bits = sum(stream.bits(row, shapes[name]) for stream in streams for name, row in rows.items())
         return bits // 8 + len(streams) * kept + self._bytes_spilled()
 
     def _bytes_spilled(self) -> int:

@@ -178,7 +178,8 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     report = _own_report(checkpoint.path)
     plan = Plan(**report["plan"]) if report else weights.plan
     schemes = {} if plan is None else plan.quantized
-    sizes = sizes_of(checkpoint.header, skeleton.linears, schemes)
+    matrices = skeleton.matrices(schemes)
+    sizes = sizes_of(checkpoint.header, matrices, schemes)
     stored = sizes.pop("linears")
     kept = report.get("kept", {})
     unknown = "the model is not quantized" if plan is None else "not in the plan"
@@ -193,7 +194,7 @@ def inspect(folder: str | Path) -> dict[str, Any]:
             "bytes": stored.get(name, 0),
             "kept": None if name in schemes else kept.get(name, unknown),
         }
-        for name, shape in skeleton.linears.items()
+        for name, shape in matrices.items()
     ]
     return {
         "model": str(folder),

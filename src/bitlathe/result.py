@@ -56,7 +56,7 @@ def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, second
     quantization = format.config(ready.plan)
     if quantization is not None:
         config["quantization_config"] = quantization
-    sizes = sizes_of(writer.header(name), ready.skeleton.linears, ready.plan.quantized)
+    sizes = sizes_of(writer.header(name), ready.skeleton.matrices(ready.plan.quantized), ready.plan.quantized)
     sizes.pop("linears")  # `inspect` reads them off the files
     plan = ready.plan.model_dump(mode="json")
     report = {

@@ -123,8 +123,9 @@ def _whole(ready: Prepared, plan: Plan) -> float:
     skeleton, formats = ready.skeleton, coded(ready.formats.values())
     numbers = sum(prod(shape) for shape in skeleton.shapes.values())
     rows = {name: plan.linears[name] for name in plan.quantized}
-    kept = numbers - sum(prod(skeleton.linears[name]) for name in rows)
-    stored = sum(max(format.bits(row, skeleton.linears[name]) for format in formats) for name, row in rows.items())
+    shapes = skeleton.matrices(rows)
+    kept = numbers - sum(prod(shapes[name]) for name in rows)
+    stored = sum(max(format.bits(row, shapes[name]) for format in formats) for name, row in rows.items())
     return (16 * kept + stored) / numbers
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from bitlathe.autoscheme.space import Space
+from bitlathe.model.fold import edits_of
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.weights import DTYPES, Weights
+from bitlathe.plan import Plan
 
 # Called as a search goes on: what is done, how far it is, and how far it goes.
 Listen = Callable[[str, int, int], None]
@@ -43,9 +45,9 @@ class Ground:
     @property
     def scored(self) -> Weights:
         """The weights that scores are made with: gradients of single tokens are below what fp16 holds."""
-        return replace(self.weights, dtype=torch.float32, through=self.dtype) if self.dtype == torch.float16 else self.weights
+        weights = self.weights.unrounded
+        return replace(weights, dtype=torch.float32, through=self.dtype) if self.dtype == torch.float16 else weights
 
-    @property
-    def measured(self) -> Weights:
-        """The weights of the result in the dtype in which models are measured."""
-        return replace(self.weights, dtype=torch.float32, through=self.dtype)
+    def measured(self, plan: Plan) -> Weights:
+        """The weights of the result of a plan in the dtype in which models are measured; those of linears before rounding."""
+        return replace(self.weights, dtype=torch.float32, through=self.dtype, edits=edits_of(self.skeleton, plan))

@@ -8,6 +8,7 @@ in float32, as in evaluation, from weights rounded to the dtype of the result.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from bitlathe.autoscheme.score import FIXED, HEAD, part_of
 from bitlathe.model.block import Block, attach_cache
 from bitlathe.model.hidden import Budget, Hidden
 from bitlathe.model.layers import Stage, StagedLinear
-from bitlathe.model.walk import advance, begin, walk
+from bitlathe.model.walk import Start, advance, begin, walk
 from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.project import QuantTensor, dequantize, quantize, search
 from bitlathe.plan import LayerPlan, Plan
@@ -33,18 +34,44 @@ def measure(ground: Ground, kept: Kept, plans: Sequence[Plan], listen: Listen) -
     for _ in walk(skeleton, weights, start, batch_size=ground.batch_size):
         pass
     original = start.streams[0], skeleton.head(weights)
-    weights = ground.measured
-    start = begin(ground.skeleton, weights, ground.held_out, budget, streams=len(plans))
-    # Without streams of its own the walk only brings the blocks.
-    for step in walk(ground.skeleton, weights, type(start)(start.calls, ()), batch_size=ground.batch_size):
+    streams, calls = _embedded(ground, plans, budget)
+    # Without streams of its own the walk only brings the blocks. Those are the same for all plans.
+    blocks = ground.measured(ground.space.plan)
+    for step in walk(ground.skeleton, blocks, Start(calls, ()), batch_size=ground.batch_size):
         shelf = _Shelf(ground, step.block, kept.tensors(part_of(step.block.index)))
-        for plan, stream in zip(plans, start.streams, strict=True):
+        for plan, stream in zip(plans, streams, strict=True):
             shelf.put(plan)
             advance(step.block, stream, ground.batch_size)
         listen("measure", step.block.index + 1, ground.skeleton.depth)
         del shelf
-    head = ground.skeleton.head(weights)
-    return _divergences(original, (start.streams, head), plans, _Shelf(ground, head, kept.tensors(HEAD)))
+    found: dict[int, Measured] = {}
+    for indices in _alike(ground, plans, ground.skeleton.arch.head, ground.skeleton.arch.embed):
+        head = ground.skeleton.head(ground.measured(plans[indices[0]]))
+        _Shelf(ground, head, kept.tensors(HEAD)).put(plans[indices[0]])
+        found |= _divergences(original, {index: streams[index] for index in indices}, head)
+    return [found[index] for index in range(len(plans))]
+
+
+def _alike(ground: Ground, plans: Sequence[Plan], *names: str) -> list[list[int]]:
+    """The places of plans that have the same rows for some modules."""
+    groups: dict[tuple[LayerPlan | None, ...], list[int]] = {}
+    for index, plan in enumerate(plans):
+        groups.setdefault(tuple(plan.linears.get(name) for name in names), []).append(index)
+    return list(groups.values())
+
+
+def _embedded(ground: Ground, plans: Sequence[Plan], budget: Budget) -> tuple[list[Hidden], list[dict[str, Any]]]:
+    """The first hidden states of each plan, and the blocks' calls. Embeddings that are the same are read once."""
+    streams: dict[int, Hidden] = {}
+    calls: list[dict[str, Any]] = []
+    for first, *others in _alike(ground, plans, ground.skeleton.arch.embed):
+        start = begin(ground.skeleton, ground.measured(plans[first]), ground.held_out, budget, streams=1)
+        (streams[first],), calls = start.streams, start.calls
+        for index in others:
+            streams[index] = copy = budget.allocate(streams[first].shape, torch.float32, ground.weights.device)
+            for batch in copy.batches(ground.batch_size):
+                copy[batch] = streams[first][batch]
+    return [streams[index] for index in range(len(plans))], calls
 
 
 class _Shelf:
@@ -88,27 +115,19 @@ class _Shelf:
 
 
 @torch.no_grad()
-def _divergences(
-    original: tuple[Hidden, Block], made: tuple[Sequence[Hidden], Block], plans: Sequence[Plan], shelf: _Shelf
-) -> list[Measured]:
-    (states, reference), (streams, head) = original, made
+def _divergences(original: tuple[Hidden, Block], streams: Mapping[int, Hidden], head: Block) -> dict[int, Measured]:
+    """What was measured of each stream of last hidden states, by its key. head: of all of them."""
+    states, reference = original
     windows, length, _ = states.shape
-    kl = torch.zeros(len(plans), windows, dtype=torch.float64)
-    same: dict[tuple[LayerPlan, ...], list[int]] = {}
-    for index, plan in enumerate(plans):
-        same.setdefault(tuple(plan.linears[name] for name in head.linears), []).append(index)
-    for indices in same.values():
-        shelf.put(plans[indices[0]])
-        for window in range(windows):
-            row = slice(window, window + 1)
-            for place, part in enumerate(reference.parts(states[row])):
-                log_p = F.log_softmax(reference(part).float(), dim=-1)
-                for index in indices:
-                    log_q = F.log_softmax(head(head.parts(streams[index][row])[place]).float(), dim=-1)
-                    kl[index, window] += F.kl_div(log_q, log_p, reduction="sum", log_target=True).double().cpu()
-    kl /= length
-    errors = kl.std(dim=1) / windows**0.5 if windows > 1 else None
-    return [
-        Measured(kl=mean, error=None if errors is None else errors[index].item())
-        for index, mean in enumerate(kl.mean(dim=1).tolist())
-    ]
+    kl = {index: torch.zeros(windows, dtype=torch.float64) for index in streams}
+    for window in range(windows):
+        row = slice(window, window + 1)
+        for place, part in enumerate(reference.parts(states[row])):
+            log_p = F.log_softmax(reference(part).float(), dim=-1)
+            for index, stream in streams.items():
+                log_q = F.log_softmax(head(head.parts(stream[row])[place]).float(), dim=-1)
+                kl[index][window] += F.kl_div(log_q, log_p, reduction="sum", log_target=True).double().cpu() / length
+    return {
+        index: Measured(kl=one.mean().item(), error=one.std().item() / windows**0.5 if windows > 1 else None)
+        for index, one in kl.items()
+    }

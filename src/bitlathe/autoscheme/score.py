@@ -22,15 +22,16 @@ from torch import Tensor
 from bitlathe.autoscheme.ground import Ground, Listen
 from bitlathe.autoscheme.kept import Kept, Score
 from bitlathe.model.block import Block
+from bitlathe.model.edit import coded
 from bitlathe.model.hidden import Budget, Hidden
 from bitlathe.model.moments import Moments
 from bitlathe.model.static import static_scales
 from bitlathe.model.walk import Tape, begin, go_back, record, walk_back
 from bitlathe.numerics.activation import StaticScale, fake_quantize_input
-from bitlathe.numerics.project import fake_quantize, search
+from bitlathe.numerics.project import dequantize, fake_quantize, search
 from bitlathe.plan import LayerPlan
 
-HEAD = "head"
+HEAD, TABLE = "head", "embeddings"
 # What stands for the option of a linear that is quantized but not in play.
 FIXED = "fixed"
 
@@ -53,7 +54,8 @@ def score(ground: Ground, kept: Kept, listen: Listen) -> None:
     (last,) = start.streams
     gradient = budget.allocate(last.shape, weights.dtype, weights.device)
     listen("forward", depth, depth)
-    _from_head(ground, kept, last, gradient, scored=HEAD in left)
+    table = _Table(ground) if TABLE in left else None
+    _from_head(ground, kept, last, gradient, scored=HEAD in left, table=table)
     seen: dict[str, _Seen] = {}
 
     def watch(block: Block) -> _Seen | None:
@@ -68,6 +70,8 @@ def score(ground: Ground, kept: Kept, listen: Listen) -> None:
         if part in seen:
             kept.put(part, *seen.pop(part).found())
         listen("score", depth - block.index, depth)
+    if table is not None:
+        kept.put(TABLE, table.found(gradient), {})
 
 
 def _left(ground: Ground, kept: Kept) -> set[str]:
@@ -75,6 +79,9 @@ def _left(ground: Ground, kept: Kept) -> set[str]:
     parts = {name: part_of(index) for index, name in enumerate(ground.skeleton.blocks)}
     wanted: dict[str, dict[str, Iterable[str]]] = {part: {} for part in (*parts.values(), HEAD)}
     for name, rows in ground.space.rows.items():
+        if name == ground.skeleton.arch.embed:
+            wanted[TABLE] = {name: rows}
+            continue
         path = name.split(".")
         above = (".".join(path[:end]) for end in range(len(path)))
         wanted[next((parts[module] for module in above if module in parts), HEAD)][name] = rows
@@ -86,17 +93,23 @@ def part_of(index: int) -> str:
     return f"block-{index:04d}"
 
 
-def _from_head(ground: Ground, kept: Kept, last: Hidden, gradient: Hidden, *, scored: bool) -> None:
-    """Put the gradient by the last hidden states into `gradient`; with `scored`, score the head."""
+def _from_head(ground: Ground, kept: Kept, last: Hidden, gradient: Hidden, *, scored: bool, table: _Table | None) -> None:
+    """Put the gradient by the last hidden states into `gradient`; with `scored`, score the head; tell `table` of it."""
     head = ground.skeleton.head(ground.scored)
     seen = _Seen(ground, head, last) if scored else None
+
+    def see(name: str, x: Tensor, y: Tensor) -> None:
+        for one in (seen, table):
+            if one is not None:
+                one(name, x, y)
+
     for window in range(len(last)):
         # A number for each token, not a draw for each: the same on every device.
         chances = torch.rand(last.shape[1], generator=torch.Generator().manual_seed(ground.seed * 1_000_003 + window))
         parts, done = [], 0
         for part in head.parts(last[window : window + 1]):
             drawn = chances[done : done + part.shape[1]].to(part.device)
-            parts.append(go_back(head, part, lambda logits, drawn=drawn: _less_a_label(logits, drawn), seen))
+            parts.append(go_back(head, part, lambda logits, drawn=drawn: _less_a_label(logits, drawn), see))
             done += part.shape[1]
         gradient[window : window + 1] = torch.cat(parts, dim=1)
     if seen is not None:
@@ -189,3 +202,48 @@ class _Seen:
             found = static_scales(self.block, plan, inputs, batch_size=self.ground.batch_size)
             fixed |= {(name, option): scale for name, scale in found.items()}
         return fixed
+
+
+class _Table:
+    """What is seen of the embeddings, and of a head that shares their weight, and the scores that follow from it.
+
+    A token reads one row: with g_t the gradient by what the first block is given, F_vj = sum of g_tj^2 over the tokens that are v,
+    times the square of what a family multiplies its embeddings by; and the head's F in addition.
+    """
+
+    def __init__(self, ground: Ground) -> None:
+        self.ground, self.name = ground, ground.skeleton.arch.embed
+        weight = f"{self.name}.weight"
+        self.weight = ground.scored.read([weight])[weight]
+        self.fisher = torch.zeros(self.weight.shape, device=self.weight.device)
+        self.shared = bool(ground.skeleton.tied)
+
+    @torch.no_grad()
+    def __call__(self, _name: str, x: Tensor, gradient: Tensor) -> None:
+        """Take in what the head reads [1, tokens, width] and the gradient by what it makes [1, tokens, vocabulary]."""
+        if self.shared:
+            self.fisher += gradient.square().flatten(0, -2).T @ x.square().flatten(0, -2)
+
+    @torch.no_grad()
+    def found(self, gradient: Hidden) -> dict[str, dict[str, Score]]:
+        """The scores. gradient: by the hidden states before the first block."""
+        tokens = self.ground.tokens
+        scale = self._scale()
+        for window in range(len(tokens)):
+            squares = gradient[window : window + 1][0].float().square() * scale**2
+            self.fisher.index_add_(0, tokens[window].to(squares.device), squares)
+        scores = {}
+        for option, row in self.ground.space.rows[self.name].items():
+            loss = 0.0
+            if row.weight is not None:
+                error = dequantize(coded(self.weight, row.weight), self.ground.dtype).float() - self.weight.float()
+                loss = 0.5 * (self.fisher * error.square_()).sum(dtype=torch.float64).item() / tokens.numel()
+            scores[option] = Score(weights=loss, inputs=0.0)
+        return {self.name: scores}
+
+    def _scale(self) -> float:
+        """What embeddings are multiplied by on their way into the model."""
+        front = self.ground.skeleton.front(self.ground.scored)
+        window = self.ground.tokens[:1].to(self.weight.device)
+        embedded, own = front.embed(window)[0].double(), self.weight[window].double()
+        return ((embedded * own).sum() / own.square().sum()).item()

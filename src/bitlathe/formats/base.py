@@ -33,7 +33,8 @@ class Format(Protocol):
     name: str
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
-        """Raise FormatError if `plan` cannot be held; shapes: linear -> (outputs, inputs); fused: linear -> fused group."""
+        """Raise FormatError if `plan` cannot be held; shapes: linear -> (outputs, inputs), in which a quantized
+        table of embeddings is not; fused: linear -> fused group."""
         ...
 
     def bits(self, row: LayerPlan, shape: tuple[int, int]) -> int:

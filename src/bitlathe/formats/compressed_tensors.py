@@ -55,6 +55,7 @@ class CompressedTensors:
         if not plan.quantized:
             raise FormatError("compressed-tensors cannot hold a plan that quantizes nothing: write the dense format instead")
         _refuse_beyond_linears(plan)
+        _refuse_tables(plan, shapes)
         refused: dict[str, list[str]] = {}
         for name, row in plan.linears.items():
             reason = _reason(row, plan.dtype) or (None if row.weight is None else _misfit(row, shapes[name]))
@@ -212,6 +213,16 @@ def _refuse_beyond_linears(plan: Plan) -> None:
         raise FormatError(
             "compressed-tensors cannot hold R3, the rotation of queries and keys: transformers would not run it. Leave R3 out "
             "of --rotate, or write the native format, which can"
+        )
+
+
+def _refuse_tables(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise FormatError for quantized embeddings. shapes: of the linears."""
+    tables = [name for name in plan.quantized if name not in shapes]
+    if tables:
+        raise FormatError(
+            f"compressed-tensors cannot hold quantized embeddings ({some(tables)}): its readers run its schemes on linears. "
+            f"Keep them in 16 bits, give the head a weight of its own with --rotate R1, or write the native format"
         )
 
 

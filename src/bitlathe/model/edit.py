@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitlathe.numerics.project import QuantTensor, dequantize, quantize, search
+from bitlathe.numerics.scheme import Scheme
+
 # x [..., size of a space] to x R, in x's dtype.
 Turn = Callable[[Tensor], Tensor]
 
@@ -27,7 +30,8 @@ class Edit:
     """What becomes of one parameter [outputs, inputs], a bias [outputs], or a gain.
 
     gain: the norm's weight that multiplies the columns first. columns: turns the inputs; rows: turns the outputs from `start`
-    on. ones: a gain that has moved elsewhere.
+    on. ones: a gain that has moved elsewhere. scheme: at the end it is rounded, and read as what its codes stand for: a table
+    of embeddings, which no block holds, is quantized where it is read.
     """
 
     gain: str | None = None
@@ -35,6 +39,7 @@ class Edit:
     rows: Turn | None = None
     start: int = 0
     ones: bool = False
+    scheme: Scheme | None = None
 
     def __call__(self, tensor: Tensor, gain: Tensor | None, *, dtype: torch.dtype) -> Tensor:
         """The edited parameter in `dtype`, a new tensor. gain: what `self.gain` names."""
@@ -47,7 +52,7 @@ class Edit:
             result[part] = self._read(matrix[part], gain)
         if self.rows is not None:
             _turn_rows(self._turned_inputs(matrix[start:], gain), self.rows, result[start:])
-        return result.view(tensor.shape)
+        return result.view(tensor.shape) if self.scheme is None else dequantize(coded(result, self.scheme), dtype)
 
     def _read(self, rows: Tensor, gain: Tensor | None) -> Tensor:
         """Rows with their columns multiplied and turned, float64."""
@@ -64,6 +69,11 @@ class Edit:
         for part in _parts(*rows.shape):
             read[part] = self._read(rows[part], gain)
         return read
+
+
+def coded(weight: Tensor, scheme: Scheme) -> QuantTensor:
+    """The codes of a matrix that nothing is known of but itself: to nearest, on the ranges that lose least."""
+    return quantize(weight, scheme, search(weight, scheme))
 
 
 def _turn_rows(matrix: Tensor, turn: Turn, into: Tensor) -> None:

@@ -18,7 +18,7 @@ from bitlathe.arch import Linear
 from bitlathe.model.edit import Edit, Turn
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.numerics.hadamard import turn
-from bitlathe.plan import Plan
+from bitlathe.plan import LayerPlan, Plan
 
 
 def edits_of(skeleton: Skeleton, plan: Plan) -> dict[str, Edit]:
@@ -31,6 +31,10 @@ def edits_of(skeleton: Skeleton, plan: Plan) -> dict[str, Edit]:
         if row.online is not None:
             weight = f"{name}.weight"
             edits[weight] = replace(edits.get(weight, Edit()), columns=partial(turn, rotation=row.online))
+    table = plan.linears.get(skeleton.arch.embed, LayerPlan()).weight
+    if table is not None:
+        weight = f"{skeleton.arch.embed}.weight"
+        edits[weight] = replace(edits.get(weight, Edit()), scheme=table)
     return edits
 
 

@@ -35,7 +35,7 @@ def load(folder: str | Path, device: str = "auto") -> PreTrainedModel:
     plan = weights.plan
     quantized = {} if plan is None else plan.quantized
     for name, module in list(model.named_modules()):
-        if name in quantized:
+        if name in quantized and isinstance(module, nn.Linear):
             parent, _, child = name.rpartition(".")
             model.get_submodule(parent).register_module(child, _coded(name, module, weights))
         else:

@@ -7,7 +7,7 @@ blocks are taps: they record the call they receive and pass the hidden states on
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -106,6 +106,13 @@ class Skeleton:
     def rows(self) -> dict[str, Linear]:
         """Every linear with its row of the family's table, all names in full."""
         return {name: row for name in self.linears if (row := self.arch.row(name)) is not None}
+
+    def matrices(self, quantized: Container[str]) -> dict[str, tuple[int, int]]:
+        """All that a plan may have rows for, with its shape: the linears, and the embeddings [vocabulary, width] if they are in
+        `quantized`, for they have no row otherwise."""
+        table = self.arch.embed
+        rows, columns = self.model.get_submodule(table).get_parameter("weight").shape
+        return {**self.linears, **({table: (rows, columns)} if table in quantized else {})}
 
     @property
     def head_size(self) -> int:

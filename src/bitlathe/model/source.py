@@ -42,14 +42,18 @@ def open_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     stored = stored_dtype(checkpoint)
     skeleton = skeleton_of(checkpoint, dtype or DTYPES[stored])
     linears = skeleton.linears
-    weights = Weights(checkpoint, linears, skeleton.tied, dtype or DTYPES[stored], device)
+    weights = Weights(checkpoint, skeleton.matrices({skeleton.arch.embed}), skeleton.tied, dtype or DTYPES[stored], device)
     quantization = checkpoint.config.get("quantization_config")
     if quantization is None:
         checkpoint.expect(skeleton.shapes)
         return skeleton, weights
     format = _format_of(quantization, checkpoint)
     # Another program's config may leave the dtype of the scales to the model's.
-    plan = format.parse({"dtype": _LONG[stored], **quantization}, list(linears))
+    table = skeleton.arch.embed
+    shape = skeleton.matrices({table})[table]
+    # Embeddings that are ordinary have no row; codes are flat.
+    tables = [table] if (info := checkpoint.header.get(f"{table}.weight")) is not None and info.shape != shape else []
+    plan = format.parse({"dtype": _LONG[stored], **quantization}, [*linears, *tables])
     # To other programs a router may be no linear, so that their config does not except it.
     routers = {name: LayerPlan() for name in linears if skeleton.rows[name].router}
     plan = plan.model_copy(update={"linears": plan.linears | routers})

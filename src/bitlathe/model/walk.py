@@ -41,16 +41,19 @@ class Step:
 
 
 def begin(skeleton: Skeleton, weights: Weights, tokens_NT: Tensor, budget: Budget, *, streams: int) -> Start:
-    """Embed the windows `tokens_NT` [sequences, tokens] and lay out `streams` equal streams of hidden states."""
-    front = skeleton.front(weights)
+    """Embed the windows `tokens_NT` [sequences, tokens] and lay out `streams` streams of hidden states: equal ones, but that a
+    second one, from which targets are made, knows nothing of embeddings being rounded."""
+    sources = [weights, weights.unrounded] if streams > 1 and weights.unrounded != weights else [weights]
+    fronts = [skeleton.front(source) for source in sources]
     width = skeleton.model.config.hidden_size
     shape = (tokens_NT.shape[0], tokens_NT.shape[1], width)
     laid = tuple(budget.allocate(shape, weights.dtype, weights.device) for _ in range(streams))
     calls: list[dict[str, Any]] = []
     for row in range(len(tokens_NT)):
-        hidden, calls = front.embed(tokens_NT[row : row + 1].to(weights.device))
-        for stream in laid:
-            stream[row : row + 1] = hidden
+        embedded = [front.embed(tokens_NT[row : row + 1].to(weights.device)) for front in fronts]
+        calls = embedded[0][1]
+        for index, stream in enumerate(laid):
+            stream[row : row + 1] = embedded[min(index, len(fronts) - 1)][0]
     return Start(calls, laid)
 
 

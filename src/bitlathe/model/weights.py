@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -52,7 +52,8 @@ class Weights:
         found = self.checkpoint.read(sorted({*plain.values(), *gains}))
         read = {}
         for name, stored in plain.items():
-            tensor, edit = found[stored].to(self.device), self.edits.get(name)
+            # A head that shares the weight of the embeddings shares what becomes of it.
+            tensor, edit = found[stored].to(self.device), self.edits.get(name, self.edits.get(stored))
             if edit is None:
                 made = tensor.to(self.through or self.dtype)
             else:
@@ -63,6 +64,11 @@ class Weights:
             layer = self.layer(linear)
             read[name] = dequantize(layer.weight, DTYPES[self._plan.dtype]).to(self.device, self.dtype)
         return {name: read[name] for name in names}
+
+    @property
+    def unrounded(self) -> Weights:
+        """The same without anything rounded to codes: what is to be approximated."""
+        return replace(self, edits={name: replace(edit, scheme=None) for name, edit in self.edits.items()})
 
     def layer(self, linear: str) -> QuantLayer:
         """The codes of one quantized linear, decoded on `device`. Raises CheckpointError, with its name and the folder."""
@@ -109,6 +115,6 @@ class Weights:
         return self.plan
 
     def _coded(self, name: str) -> str | None:
-        linear = name.removesuffix(".weight")
+        linear = self.tied.get(name, name).removesuffix(".weight")
         # Without a format weights are stored as in any checkpoint, whatever the plan says.
         return linear if self.format is not None and self.plan is not None and linear in self.plan.quantized else None

@@ -48,8 +48,10 @@ def drawn_for(skeleton: Skeleton, plan: Plan) -> list[str]:
     """The linears of blocks whose rounded inputs depend on the random signs of the plan's rotations."""
     found = []
     for name, row in plan.linears.items():
+        if name == skeleton.arch.head or row.input is None:
+            continue
         turned = _rotation(plan, skeleton, name)
-        if name != skeleton.arch.head and row.input is not None and turned is not None and turned.kind == "random":
+        if turned is not None and turned.kind == "random":
             found.append(name)
     return found
 
