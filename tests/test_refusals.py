@@ -188,13 +188,13 @@ def test_groups_of_which_no_other_size_is_known(tmp_path: Path) -> None:
 def test_a_head_that_is_the_embeddings(tmp_path: Path, family: str, *, unties: bool) -> None:
     save_model(tmp_path / "m", family, tie_word_embeddings=True)
     write_text(tmp_path / "m" / "text.txt", 200)
-    words = [
-        "lm_head shares its weight with the embeddings",
-        "the override lm_head=W8A16_CHANNEL",
-        "--override lm_head=keep after",
-    ]
-    told = refused(PlanError, tmp_path / "m", words, overrides={"lm_head": "W8A16_CHANNEL"})
+    words = ["W8A8 rounds activations", "model.embed_tokens has none to round", "W8A16_CHANNEL. lm_head shares its weight"]
+    told = refused(PlanError, tmp_path / "m", words, overrides={"lm_head": "W8A8"})
     # R1 gives it a weight of its own, where R1 folds.
+    assert ("or gets one of its own with --rotate R1" in told) == unties
+    # One that is meant for every linear is not for what is no linear alone.
+    words = ["lm_head shares its weight with the embeddings", "the override *=W8A16_CHANNEL", "--override lm_head=keep after"]
+    told = refused(PlanError, tmp_path / "m", words, overrides={"*": "W8A16_CHANNEL"})
     assert ("or give it a weight of its own with --rotate R1" in told) == unties
     if unties:
         asked = {"out": tmp_path / "q", "overrides": {"lm_head": "W8A16_CHANNEL"}, "rotate": "R1", **RTN}
@@ -608,3 +608,31 @@ def test_a_search_on_the_command_line(model: Path, options: tuple[str, ...], wor
     done = CliRunner().invoke(cli.app, ["search", str(model), "--calib", str(model / "text.txt"), "--seqlen", "16", *options])
     assert done.exit_code == 2 and words in done.stderr
     assert everything(model.parent) == before
+
+
+# Embeddings
+
+
+@pytest.mark.usefixtures("sealed")
+@pytest.mark.parametrize(
+    ("error", "changes", "words"),
+    [
+        (PlanError, {"overrides": {"*embed_tokens": "W8A8"}}, ["W8A8 rounds activations", "none to round", "W8A16_CHANNEL"]),
+        (
+            PlanError,
+            {"overrides": {"*embed_tokens": "W4A16"}},
+            ["128 inputs under one scale", "model.embed_tokens (64 inputs)"],
+        ),
+        (
+            FormatError,
+            {"overrides": {"*embed_tokens": "W8A16G32"}, "formats": "compressed-tensors"},
+            ["quantized embeddings (model.embed_tokens)", "16 bits", "native"],
+        ),
+        (PlanError, {"overrides": {"*embed_token": "W8A16G32"}}, ["'*embed_token' matches none"]),
+    ],
+    ids=["activations", "blocks", "format", "name"],
+)
+def test_embeddings_that_cannot_be_quantized(
+    model: Path, error: type[BitlatheError], changes: dict[str, Any], words: list[str]
+) -> None:
+    refused(error, model, words, **changes)

@@ -68,7 +68,7 @@ def _resolved(recipe: Recipe, skeleton: Skeleton, dtype: Dtype) -> tuple[Plan, d
     head = skeleton.arch.head
     kept = {head: "shares its weight with the embeddings" if shared else "the output head stays in 16 bits unless asked for"}
     shapes = {name: shape for name, shape in skeleton.linears.items() if not skeleton.rows[name].router}
-    table, overrides = _table(recipe.overrides, skeleton, dtype, shared=bool(shared))
+    table, overrides = _table(recipe.overrides, skeleton, dtype, parted=parted if shared else None)
     plan, reasons = resolve(shapes, recipe.scheme, overrides, dtype=dtype, kept=kept, tied=shared)
     rows = {name: plan.linears.get(name, LayerPlan()) for name in skeleton.linears} | table
     plan = plan.model_copy(update={"linears": rows})
@@ -83,17 +83,18 @@ def _resolved(recipe: Recipe, skeleton: Skeleton, dtype: Dtype) -> tuple[Plan, d
 
 
 def _table(
-    overrides: Mapping[str, str], skeleton: Skeleton, dtype: Dtype, *, shared: bool
+    overrides: Mapping[str, str], skeleton: Skeleton, dtype: Dtype, *, parted: str | None
 ) -> tuple[dict[str, LayerPlan], dict[str, str]]:
     """The row of the embeddings, if they are quantized, and the overrides that are left for linears.
 
     An override is for the embeddings if it matches them and no linear, or matches the head alone where that shares their weight
-    (`shared`) and is to be quantized. Raises PlanError for a scheme with activations, which embeddings do not have.
+    and is to be quantized. parted: what would give such a head a weight of its own, "" for nothing; None where it has one.
+    Raises PlanError for a scheme with activations, which embeddings do not have.
     """
     table, head, wanted, left = skeleton.arch.embed, skeleton.arch.head, KEEP, {}
     for glob, scheme in overrides.items():
         matched = [glob] if glob in skeleton.linears else [name for name in skeleton.linears if fnmatchcase(name, glob)]
-        to_head = shared and matched == [head] and scheme != KEEP
+        to_head = parted is not None and matched == [head] and scheme != KEEP
         if to_head or (not matched and fnmatchcase(table, glob)):
             wanted = scheme
         else:
@@ -102,7 +103,7 @@ def _table(
         return {}, left
     preset = preset_named(wanted, dtype)
     if preset.input is not None:
-        also = f", whose weight {head} shares. Or give that a weight of its own with --rotate R1" if shared else ""
+        also = "" if parted is None else f". {head} shares its weight{parted and f', or gets one of its own with {parted}'}"
         raise PlanError(
             f"{wanted} rounds activations, and {table} has none to round: ask for its weights alone, "
             f"{name_of(preset.weight)}{also}"

@@ -258,8 +258,8 @@ def _calibration(recipe: Recipe, skeleton: Skeleton, folder: Path, *, searched: 
     assert text.tokens is not None
     if len(text.tokens) == recipe.samples:
         return text, ()
+    rest_of_it = f" and {hold} to measure a search on" if searched else ""
     return text, (
-        f"the calibration text holds {len(tokens)} windows of {recipe.seqlen} tokens, too few for --samples {recipe.samples}"
-        + (f" and {hold} to measure a search on" if searched else "")
-        + ": all of them are used",
+        f"the calibration text holds {len(tokens)} windows of {recipe.seqlen} tokens, fewer than --samples {recipe.samples}"
+        f"{rest_of_it}: all of them are used",
     )

@@ -207,8 +207,8 @@ class _Seen:
 class _Table:
     """What is seen of the embeddings, and of a head that shares their weight, and the scores that follow from it.
 
-    A token reads one row: with g_t the gradient by what the first block is given, F_vj = sum of g_tj^2 over the tokens that are v,
-    times the square of what a family multiplies its embeddings by; and the head's F in addition.
+    A token reads one row: with g_t the gradient by what the first block is given, F_vj = sum of g_tj^2 over the tokens that are
+    v, times the square of what a family multiplies its embeddings by; and the head's F in addition.
     """
 
     def __init__(self, ground: Ground) -> None:

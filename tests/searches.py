@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,8 +44,3 @@ def ground_of(ready: Prepared) -> Ground:
 
 def quiet(what: str, done: int, of: int) -> None:
     """A listener of a search."""
-
-
-def kept_in(folder: Path) -> dict[str, Path]:
-    """The field that keeps scores in a folder of the test's own."""
-    return {"scores": folder}
