@@ -179,36 +179,10 @@ def quantize(
     ] = False,
 ) -> None:
     """Quantize MODEL into a folder. Stopped at any moment, the same command continues."""
+    given = locals().copy()  # before anything else has a name
     options.refuse_tasks(tasks)
-    given = {
-        "model": model,
-        "scheme": scheme,
-        "bits": bits,
-        "schemes": schemes,
-        "include": include,
-        "groups": group,
-        "out": out,
-        "formats": formats,
-        "tuner": tuner,
-        "iters": iters,
-        "signround": {"start": "searched"} if enable_alg_ext else None,
-        "calib": calib,
-        "samples": samples,
-        "seqlen": seqlen,
-        "batch_size": batch_size,
-        "overrides": override,
-        "rotate": rotate,
-        "rotation_block": rotation_block,
-        "rotation_seed": rotation_seed,
-        "rotation_trials": rotation_trials,
-        "act_asymmetric": act_asymmetric,
-        "act_clip": act_clip,
-        "kv": kv,
-        "device": device,
-        "dtype": dtype,
-        "seed": seed,
-        "scores": scores,
-    }
+    if enable_alg_ext:
+        given["signround"] = {"start": "searched"}
     asked = options.asked(given, recipe, sets, read_plan(plan) if plan else None)
     if enable_alg_ext and asked.tuner != "signround":
         raise RecipeError(f"--enable-alg-ext is an option of the tuner signround, and the tuner is {asked.tuner}: leave it out")
@@ -273,31 +247,9 @@ def search(
     as_json: options.Json = False,
 ) -> None:
     """Find which linear of MODEL gets which scheme for an average of N bits a weight. Nothing is quantized."""
+    given = locals().copy()  # before anything else has a name
     budgets = options.budgets_of(bits)
-    given = {
-        "model": model,
-        "out": ".",
-        "bits": budgets[0],
-        "schemes": schemes,
-        "include": include,
-        "groups": group,
-        "overrides": override,
-        "formats": formats,
-        "calib": calib,
-        "seqlen": seqlen,
-        "batch_size": batch_size,
-        "rotate": rotate,
-        "rotation_block": rotation_block,
-        "rotation_seed": rotation_seed,
-        "rotation_trials": rotation_trials,
-        "act_asymmetric": act_asymmetric,
-        "act_clip": act_clip,
-        "kv": kv,
-        "device": device,
-        "dtype": dtype,
-        "seed": seed,
-        "scores": scores,
-    }
+    given |= {"bits": budgets[0], "out": "."}  # a plan has no folder to go to
     asked = options.asked(given, recipe, sets)
     files = refuse_files(out, budgets)
     if plot is not None:

@@ -34,6 +34,9 @@ _SETTABLE = ", ".join(
     ]
 )
 
+# Options that may be repeated, and the fields of the recipe they go to.
+_FIELDS = {"override": "overrides", "group": "groups"}
+
 Model = Annotated[str | None, Argument(metavar="MODEL", help="Folder, Hub id, or 'builtin'; may stand in the recipe instead.")]
 Schemes = Annotated[
     str | None,
@@ -168,9 +171,10 @@ def asked(
 ) -> Recipe:
     """The recipe that the options of a command ask for: its file, then what a plan says, then options, then --set.
 
-    options: field -> value as typed, None where nothing was.
+    options: the command's parameters as typed, None where nothing was; those that are no fields of a recipe do not count.
     """
-    given = {name: value for name, value in options.items() if value is not None and value != []}
+    named = {_FIELDS.get(name, name): value for name, value in options.items()}
+    given = {name: value for name, value in named.items() if name in Recipe.model_fields and value not in (None, [])}
     if "overrides" in given:
         given["overrides"] = parse_overrides(given["overrides"])
     if "rotate" in given:
