@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import bitlathe
 from bitlathe.formats.base import QuantLayer
 from bitlathe.model.hidden import Hidden
 from bitlathe.model.layers import TunedLinear
+from bitlathe.model.moments import moments_of
 from bitlathe.model.walk import Step
-from bitlathe.numerics.project import quantize
+from bitlathe.numerics.project import Learned, quantize, search
+from bitlathe.pipeline import run
+from bitlathe.recipe import merge
+from bitlathe.report import BlockReport, Event, read_report
 from bitlathe.tune.base import Tuned, block_error
 from bitlathe.tune.options import SignRoundOptions
 from bitlathe.tune.rtn import Rtn
 from bitlathe.tune.signround import SignRound
 from blocks import KINDS, SEQUENCES, as_written, outer_scale, same_codes, schemes_of, turn
+from families import save_model, write_text
 
 HELD = 3  # a quarter of the sequences
 
@@ -181,9 +188,92 @@ def test_only_the_linears_asked_for_are_touched() -> None:
     assert tuned.after == error_of(tuned.layers)
 
 
+@pytest.mark.parametrize("scheme", [*KINDS, "W4A16G32_ASYM"])
+def test_what_was_measured_from_a_searched_start_is_what_ships(scheme: str) -> None:
+    start, _ = tune(turn(streams=2, index=1), scheme, iters=0, start="searched")
+    tuned, told = tune(turn(streams=2, index=1), scheme, iters=12, lr=0.01, check_every=1, start="searched")
+    assert tuned.after == error_of(as_written(tuned.layers), index=1) == min(start.after, *(error for _, _, error in told))
+    # Of eight bits little is left to gain.
+    assert tuned.after < start.after or scheme.startswith(("W8", "FP8", "MXFP8"))
+
+
+def found_in(step: Step, scheme: str) -> dict[str, Learned]:
+    assert step.inputs is not None
+    schemes, block = schemes_of(step, scheme), step.block
+    moments, peaks = moments_of(block, step.inputs, schemes, batch_size=4), block.peaks(schemes)
+    return {name: search(block.weight(name), row, moments.mean(name), peaks[name]) for name, row in schemes.items()}
+
+
+@pytest.mark.parametrize("scheme", ["W3A16", "W4A16G32_ASYM", "NVFP4A16"])
+@pytest.mark.parametrize("start", ["plain", "searched"])
+def test_ranges_stay_between_nothing_and_their_bound(scheme: str, start: str) -> None:
+    """At steps of more than a whole range: the plain start is never left upwards, a searched one up to its double."""
+    step = turn(streams=2)
+    found = found_in(turn(streams=2), scheme)
+    multiples: list[Tensor] = []
+
+    def look(*_: Any) -> None:
+        for name, learned in found.items():
+            now = step.block.linear(name)
+            assert isinstance(now, TunedLinear)
+            for end, first in ((now.learned.low, learned.low), (now.learned.high, learned.high)):
+                if end is not None and first is not None:
+                    multiples.append((end.detach() / first if start == "searched" else end.detach()).flatten().clone())
+
+    options = SignRoundOptions.model_validate({"start": start, "lr": 1.3, "check_every": 1})
+    SignRound(iters=3, batch_size=4, seed=0, options=options).tune(step, schemes_of(step, scheme), look)
+    reached = torch.cat(multiples)
+    torch.testing.assert_close(reached.max(), torch.tensor(2.0 if start == "searched" else 1.0))
+    assert reached.min() == 0
+    negative = any((learned.high < 0).any() for learned in found.values() if learned.high is not None)
+    assert negative == (scheme == "W3A16")  # and those were among what was looked at
+
+
+def test_a_scale_that_a_tensor_shares_stays_where_it_is() -> None:
+    searched, _ = tune(turn(streams=2), "FP8_TENSOR", iters=6, start="searched")
+    first, _ = tune(turn(streams=2), "FP8_TENSOR", iters=6)
+    assert same_codes(searched.layers, first.layers)
+
+
+class _Stop(KeyboardInterrupt):
+    pass
+
+
+def test_a_run_from_a_searched_start_is_continued_to_the_same_bytes(tmp_path: Path) -> None:
+    save_model(tmp_path / "m", num_hidden_layers=2)
+    small = {"samples": 6, "seqlen": 24, "batch_size": 2, "iters": 4, "scheme": "W3A16G32"}
+    asked = {"model": str(tmp_path / "m"), "calib": str(write_text(tmp_path / "text.txt", 400)), **small}
+    for start in ("plain", "searched"):
+        bitlathe.quantize(**asked, out=tmp_path / start, signround={"start": start})
+    recipe = merge(asked | {"out": tmp_path / "continued", "signround": {"start": "searched"}})
+    resumed: list[bool] = []
+
+    def stop(event: Event) -> None:
+        if isinstance(event, BlockReport):
+            raise _Stop
+
+    def listen(event: Event) -> None:
+        if isinstance(event, BlockReport):
+            resumed.append(event.resumed)
+
+    with pytest.raises(_Stop):
+        run(recipe, restart=False, listen=stop)
+    run(recipe, restart=False, listen=listen)
+    assert resumed[:2] == [True, False]
+    plainly, whole, continued = (shards(tmp_path / name) for name in ("plain", "searched", "continued"))
+    assert whole == continued != plainly
+    assert read_report(tmp_path / "searched")["recipe"]["signround"]["start"] == "searched"
+    assert torch.isfinite(bitlathe.load(tmp_path / "searched", "cpu")(torch.tensor([[3, 4, 5]])).logits).all()
+
+
+def shards(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
+
+
 # torch.compile itself uses what torch has deprecated.
+@pytest.mark.parametrize("start", ["plain", "searched"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_compiled_step_is_compiled_once_for_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_step_is_compiled_once_for_all_blocks(monkeypatch: pytest.MonkeyPatch, start: str) -> None:
     graphs = []
 
     def backend(graph: Any, inputs: list[Tensor]) -> Any:
@@ -193,8 +283,8 @@ def test_a_compiled_step_is_compiled_once_for_all_blocks(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch.compiler.reset()
     for index in (0, 1):
-        compiled, _ = tune(turn(streams=2, index=index), "W4A16G32_ASYM", iters=6, compile=True)
-        eager, _ = tune(turn(streams=2, index=index), "W4A16G32_ASYM", iters=6)
+        compiled, _ = tune(turn(streams=2, index=index), "W4A16G32_ASYM", iters=6, start=start, compile=True)
+        eager, _ = tune(turn(streams=2, index=index), "W4A16G32_ASYM", iters=6, start=start)
         assert same_codes(compiled.layers, eager.layers)
         assert compiled.after == eager.after == error_of(compiled.layers, index=index)
     assert len(graphs) == 1
