@@ -11,7 +11,7 @@ from bitlathe.errors import PlanError
 from bitlathe.numerics.rotation import Rotation, cost
 from bitlathe.numerics.scheme import preset_named
 from bitlathe.plan import ROTATION_NAMES, LayerPlan, Plan, rotated
-from bitlathe.recipe import ROTATIONS
+from bitlathe.turns import ROTATIONS
 
 Space = Literal["residual", "value", "qk", "mid"]
 W4A4 = LayerPlan(**dict(preset_named("W4A4")))

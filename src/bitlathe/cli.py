@@ -23,9 +23,9 @@ from bitlathe.formats import FORMATS
 from bitlathe.numerics.scheme import PRESETS
 from bitlathe.plan_file import read_plan, refuse_files, write_plan
 from bitlathe.plotting import refuse_plot
-from bitlathe.recipe import ROTATIONS
 from bitlathe.registry import load
 from bitlathe.tune import TUNERS
+from bitlathe.turns import ROTATIONS
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 

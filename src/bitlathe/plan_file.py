@@ -21,7 +21,8 @@ from bitlathe.errors import OutputError, PlanError, RecipeError
 from bitlathe.io.files import replace_file
 from bitlathe.numerics.scheme import KV_SCHEMES, PRESETS, Scheme, name_of
 from bitlathe.plan import KEEP, ROTATION_NAMES, LayerPlan, Plan
-from bitlathe.recipe import ROTATIONS, read_yaml
+from bitlathe.recipe import read_yaml
+from bitlathe.turns import ROTATIONS
 
 # What a plan file may say; the rest of a recipe is not the plan's.
 _FIELDS = ("dtype", "rotate", "rotation_block", "rotation_seed", "act_asymmetric", "act_clip", "kv", "linears")

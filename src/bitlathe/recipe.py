@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,38 +38,12 @@ from bitlathe.plan import KEEP
 from bitlathe.registry import canonical, did_you_mean
 from bitlathe.tune import TUNERS
 from bitlathe.tune.options import RtnOptions, SignRoundOptions, TuneOptions
+from bitlathe.turns import ROTATIONS, rotations_named, turn_named
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _NONE = "none"
 # Fields that change neither the numbers nor the files of the result, or are told by what they stand for.
 _APART = {"model", "out", "calib", "device", "memory", "scores"}
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A rotation that users can name.
-
-    space, kind: of its Rotation, the kind unless another is asked for. turns: what is turned. applied: folded into weights, or
-    online. reader: what it spreads the outliers for.
-    """
-
-    space: Literal["residual", "value", "qk", "mid"]
-    kind: Literal["hadamard", "random"]
-    turns: str
-    applied: str
-    reader: str
-
-
-ROTATIONS: dict[str, Turn] = {
-    "R1": Turn(
-        "residual", "random", "the residual stream", "folded; online where blocks end in a norm", "what q, k, v, gate, up read"
-    ),
-    "R2": Turn("value", "random", "the values of each head", "folded", "what o_proj reads; cached values"),
-    "R3": Turn("qk", "hadamard", "keys after RoPE, and back again", "online", "cached keys"),
-    "R4": Turn("mid", "hadamard", "the space behind the gate", "online", "what down_proj reads"),
-}
-# Everything that folds into weights, so that any reader can load the result.
-_TOGETHER: dict[str, tuple[str, ...]] = {"HADAMARD": ("R1", "R2")}
 
 
 class Memory(BaseModel):
@@ -201,7 +174,7 @@ class Recipe(BaseModel):
     @classmethod
     def _rotate(cls, names: Any) -> tuple[str, ...]:
         parts = _parts(names)
-        return _rotations([] if [part.lower() for part in parts] == [_NONE] else parts)
+        return rotations_named([] if [part.lower() for part in parts] == [_NONE] else parts)
 
     @field_validator("rotation_block", "rotation_seed", "rotation_trials")
     @classmethod
@@ -214,7 +187,7 @@ class Recipe(BaseModel):
             raise ValueError("nothing is rotated: give rotate as well, such as R1,R2, or leave this out")
         if name == "rotation_block" and value == 1:
             raise ValueError("blocks of one channel turn nothing: give a larger one, such as 32, or leave this out")
-        if name != "rotation_block" and all(kind == "hadamard" for _, kind in map(_turn, info.data["rotate"])):
+        if name != "rotation_block" and all(kind == "hadamard" for _, kind in map(turn_named, info.data["rotate"])):
             raise ValueError("no rotation has random signs to draw: ask for one, such as R1 or R4:random, or leave this out")
         return value
 
@@ -282,7 +255,7 @@ class Recipe(BaseModel):
     def rotations(self) -> tuple[Rotation, ...]:
         """What is asked to be turned, in the order R1 to R4; block 0 until the model says how wide its spaces are."""
         same = {"block": self.rotation_block or 0, "seed": self.rotation_seed}
-        return tuple(Rotation(space=ROTATIONS[name].space, kind=kind, **same) for name, kind in map(_turn, self.rotate))
+        return tuple(Rotation(space=ROTATIONS[name].space, kind=kind, **same) for name, kind in map(turn_named, self.rotate))
 
     def tuning(self) -> TuneOptions:
         """What a tuner may know of the recipe."""
@@ -378,33 +351,6 @@ def _parts(names: Any) -> list[str]:
     if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts) or parts == [""]:
         raise ValueError("one name or several, as a list or with commas between them")
     return [part.strip() for part in parts]
-
-
-def _rotations(names: Iterable[str]) -> tuple[str, ...]:
-    """Rotations as they are typed, in the order of the table, a kind only where it is not the usual one."""
-    chosen: dict[str, str] = {}
-    for typed in names:
-        for part in _TOGETHER.get(typed.upper(), (typed,)):
-            name, kind = _turn(part)
-            if name in chosen:
-                raise ValueError(f"{name} is named twice")
-            chosen[name] = name if kind == ROTATIONS[name].kind else f"{name}:{kind}"
-    return tuple(chosen[name] for name in ROTATIONS if name in chosen)
-
-
-def _turn(typed: str) -> tuple[str, Literal["hadamard", "random"]]:
-    """A name and a kind from "r4:Random"; the usual kind where none is typed. Raises ValueError for an unknown name or kind."""
-    name, colon, kind = (part.strip() for part in typed.partition(":"))
-    if name.upper() not in ROTATIONS:
-        known = "; ".join(f"{known} turns {turn.turns}" for known, turn in ROTATIONS.items())
-        raise ValueError(f"unknown rotation {typed!r}. Known: {known}. hadamard is R1 and R2, none is nothing")
-    turn = ROTATIONS[name.upper()]
-    match kind.lower():
-        case "hadamard" | "random" as known:
-            return name.upper(), known
-        case "" if not colon:
-            return name.upper(), turn.kind
-    raise ValueError(f"unknown kind of rotation {typed!r}. Known: {name.upper()}:hadamard, {name.upper()}:random (its signs)")
 
 
 def _known_option(name: str) -> str:

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from bitlathe.grid import allocation_grid, mixed
 from bitlathe.io.sizes import human
 from bitlathe.numerics.scheme import Preset, Scheme, described
-from bitlathe.recipe import Turn
+from bitlathe.turns import Turn
 
 # A matrix large enough that what is per tensor does not show in its average.
 _TYPICAL = (4096, 4096)
