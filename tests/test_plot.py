@@ -61,13 +61,8 @@ def test_a_page_stands_alone_and_has_the_numbers(tmp_path: Path) -> None:
     assert "<td>W6A16 for all</td><td>6.125</td><td>0.002</td><td>-</td>" in page
     assert "<td>model.layers.0.self_attn.q_proj</td><td>W8A16</td>" in page
     assert "<script" not in page and "tiny &lt;model&gt;" in page
-    outside = [
-        url
-        for url in re.findall(r"https?://[^\"'\s<]+", page)
-        if not re.match(r"http://(www\.w3\.org|purl\.org|creativecommons\.org)/|https://matplotlib\.org/", url)
-    ]
-    assert outside == []
-    assert not re.search(r"(src|href)=\"https?:", page.replace('xlink:href="http', ""))
+    # The names of what svg is made of are no addresses.
+    assert set(re.findall(r"https?://[^\"'\s<]+", page)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "html"])
@@ -123,8 +118,9 @@ def test_all_experts_of_a_block_are_one_column() -> None:
         ({**dict.fromkeys(LINEARS, "W4A16"), "lm_head": None}, False),
         ({**dict.fromkeys(LINEARS, "W4A16"), "model.layers.2.self_attn.q_proj": None}, True),
         (dict.fromkeys(LINEARS, None), False),
+        ({**dict.fromkeys(LINEARS, "W4A16"), **{f"model.layers.{block}.mlp.gate": None for block in range(4)}}, False),
     ],
-    ids=["two", "a kept head", "one kept", "none"],
+    ids=["two", "a kept head", "one kept", "none", "routers"],
 )
 def test_what_a_mix_is(linears: dict[str, str | None], expected: bool) -> None:  # noqa: FBT001
     assert mixed(linears) is expected

@@ -49,21 +49,28 @@ def bits_of(scheme: str) -> float:
 
 
 def mixed(linears: Mapping[str, str | None]) -> bool:
-    """Whether linears of the blocks have more than one scheme."""
+    """Whether linears of the blocks have more than one scheme. One that every block keeps, as it does a router, does not count."""
     blocks, _ = places_of(linears)
-    return len({scheme for row in blocks.values() for scheme in row.values()}) > 1
+    columns = _columns(blocks)
+    return len({scheme for row in blocks.values() for inner, scheme in row.items() if inner in columns}) > 1
+
+
+def _columns(blocks: Mapping[int, Mapping[str, str]]) -> list[str]:
+    """The linears of blocks that some block does not keep."""
+    return list(dict.fromkeys(inner for row in blocks.values() for inner, scheme in row.items() if scheme != KEEP))
 
 
 def allocation_grid(linears: Mapping[str, str | None]) -> Table:
     """A row for each block, or for neighbours that are the same, and a column for each linear; None is what is kept.
 
-    Linears outside of the blocks are told below. A suffix that all schemes share is told in the title and left out.
+    A linear that every block keeps has no column; those outside of the blocks are told below. A suffix that all schemes share is
+    told in the title and left out.
     """
     blocks, outside = places_of(linears)
     names = dict.fromkeys(scheme for row in blocks.values() for scheme in row.values())
     suffix = _shared([name for name in names if name != KEEP])
     ranks = {name: rank for rank, name in enumerate(sorted(names, key=bits_of))}
-    columns = list(dict.fromkeys(inner for row in blocks.values() for inner in row))
+    columns = _columns(blocks)
     below = ", ".join(f"{name} {scheme}" for name, scheme in outside.items())
     table = Table(
         "block",

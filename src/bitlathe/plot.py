@@ -21,7 +21,6 @@ from matplotlib.ticker import MaxNLocator
 from bitlathe.grid import bits_of, places_of
 from bitlathe.io.files import replace_file
 
-_LEAST = 1e-9  # what a divergence of zero is drawn as
 _WIDTH, _CURVE, _ROW, _MARGIN = 9.0, 4.0, 0.17, 0.9  # inches
 # The same ids in the same picture.
 _SETTINGS: Any = {"svg.hashsalt": "bitlathe", "svg.fonttype": "none", "font.size": 9}
@@ -56,17 +55,18 @@ def _figure(found: Mapping[str, Any]) -> Figure:
     for ax, row, rows in zip(axes[1:], budgets, maps, strict=True):
         _map(ax, f"{row['asked']:g} bits asked for, {row['bits']:.3f} taken", rows, schemes, colours)
     handles = [Patch(color=colours(index), label=scheme) for index, scheme in enumerate(schemes)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
     return figure
 
 
 def _curve(ax: Axes, found: Mapping[str, Any], budgets: list[Mapping[str, Any]]) -> None:
+    least = min((row["kl"] for row in (*budgets, *found["uniform"]) if row["kl"] > 0), default=1.0) / 3  # zero is drawn as
     mixes, uniform = sorted(budgets, key=lambda row: row["bits"]), sorted(found["uniform"], key=lambda row: row["bits"])
     for rows, style, label in ((uniform, "s--", "one scheme for all"), (mixes, "o-", "mixes")):
         if rows:
             ax.errorbar(
                 [row["bits"] for row in rows],
-                [max(row["kl"], _LEAST) for row in rows],
+                [max(row["kl"], least) for row in rows],
                 yerr=[row["error"] or 0.0 for row in rows],
                 fmt=style,
                 label=label,
@@ -76,13 +76,13 @@ def _curve(ax: Axes, found: Mapping[str, Any], budgets: list[Mapping[str, Any]])
                 color="C7" if rows is uniform else "C0",
             )
     for row in uniform:
-        at = row["bits"], max(row["kl"], _LEAST)
+        at = row["bits"], max(row["kl"], least)
         ax.annotate(row["scheme"], at, xytext=(6, 6), textcoords="offset points", fontsize=7)
     ax.margins(x=0.08, y=0.12)
     ax.set_yscale("log")
     ax.set_xlabel("bits a weight, as the file holds them")
     ax.set_ylabel("KL divergence, nats a token")
-    ax.set_title(f"{found['model']}: schemes for each linear against one for all")
+    ax.set_title(f"{found['model']}: schemes for each linear against one for all", parse_math=False)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
 
@@ -92,7 +92,7 @@ def _rows(linears: Mapping[str, str]) -> dict[str, list[str]]:
     blocks, outside = places_of(linears)
     inner = dict.fromkeys(name for row in blocks.values() for name in row)
     rows = {name: [row.get(name, "") for row in blocks.values()] for name in inner}
-    return rows | {name: [scheme] + [""] * (len(blocks) - 1) for name, scheme in outside.items()}
+    return rows | {name: [scheme] * max(len(blocks), 1) for name, scheme in outside.items()}
 
 
 def _map(ax: Axes, title: str, rows: Mapping[str, list[str]], schemes: list[str], colours: ListedColormap) -> None:
@@ -112,7 +112,8 @@ def _map(ax: Axes, title: str, rows: Mapping[str, list[str]], schemes: list[str]
 def _saved(figure: Figure, kind: str) -> bytes:
     buffer = BytesIO()
     # Without a date, or the same data would give other files.
-    figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    unsaid = ("Date", "Creator", "Format", "Type") if kind == "svg" else ("Software",)
+    figure.savefig(buffer, format=kind, dpi=150, metadata=dict.fromkeys(unsaid))
     return buffer.getvalue()
 
 
