@@ -49,7 +49,7 @@ def bits_of(scheme: str) -> float:
 
 
 def mixed(linears: Mapping[str, str | None]) -> bool:
-    """Whether linears of the blocks have more than one scheme. One that every block keeps, as it does a router, does not count."""
+    """Whether linears of the blocks have more than one scheme. What every block keeps, such as routers, does not count."""
     blocks, _ = places_of(linears)
     columns = _columns(blocks)
     return len({scheme for row in blocks.values() for inner, scheme in row.items() if inner in columns}) > 1
@@ -63,8 +63,8 @@ def _columns(blocks: Mapping[int, Mapping[str, str]]) -> list[str]:
 def allocation_grid(linears: Mapping[str, str | None]) -> Table:
     """A row for each block, or for neighbours that are the same, and a column for each linear; None is what is kept.
 
-    A linear that every block keeps has no column; those outside of the blocks are told below. A suffix that all schemes share is
-    told in the title and left out.
+    A linear that every block keeps has no column; those outside of the blocks are told below. A suffix that all schemes share
+    is told in the title and left out.
     """
     blocks, outside = places_of(linears)
     names = dict.fromkeys(scheme for row in blocks.values() for scheme in row.values())
