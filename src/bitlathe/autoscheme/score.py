@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bitlathe.autoscheme.ground import Ground, Listen
 from bitlathe.autoscheme.kept import Kept, Score
+from bitlathe.io.writer import require_room
 from bitlathe.model.block import Block
 from bitlathe.model.edit import coded
 from bitlathe.model.hidden import Budget, Hidden
@@ -45,10 +46,12 @@ def score(ground: Ground, kept: Kept, listen: Listen) -> None:
     left = _left(ground, kept)
     if not left:
         return
+    weights, depth = ground.scored, ground.skeleton.depth
+    stream = ground.tokens.numel() * ground.skeleton.model.config.hidden_size * weights.dtype.itemsize
+    # What each block is given, what the last one makes, and a gradient.
+    require_room(kept.work, (depth + 2) * stream - ground.memory)
     budget = Budget(ground.memory, kept.work)
-    weights = ground.scored
     start = begin(ground.skeleton, weights, ground.tokens, budget, streams=1)
-    depth = ground.skeleton.depth
     listen("forward", 0, depth)
     inputs = record(ground.skeleton, weights, start, budget, batch_size=ground.batch_size)
     (last,) = start.streams
@@ -70,6 +73,7 @@ def score(ground: Ground, kept: Kept, listen: Listen) -> None:
         if part in seen:
             kept.put(part, *seen.pop(part).found())
         listen("score", depth - block.index, depth)
+        del block  # before the next one comes
     if table is not None:
         kept.put(TABLE, table.found(gradient), {})
 
