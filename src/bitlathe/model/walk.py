@@ -107,8 +107,8 @@ def record(skeleton: Skeleton, weights: Weights, start: Start, budget: Budget, *
 def walk_back(
     skeleton: Skeleton, weights: Weights, tape: Tape, *, batch_size: int, watch: Callable[[Block], See | None]
 ) -> Iterator[Block]:
-    """Every block in turn, from the last, once the gradient has gone back through it. Whoever takes one lets go of it before the
-    next turn.
+    """Every block in turn, from the last, once the gradient has gone back through it. Whoever takes one lets go of it before
+    the next turn.
 
     watch: asked before, what is to be done with the linears of a block; None for nothing. After the last turn the gradient is
     that by the hidden states before the first block.
