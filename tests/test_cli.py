@@ -70,6 +70,7 @@ FROZEN = {
         "--override",
         "--format",
         "--calib|--dataset",
+        "--samples|--nsamples",
         "--seqlen",
         "--batch-size",
         "--rotate|--rotation-type",

@@ -18,11 +18,14 @@ import bitlathe.hf
 from bitlathe.autoscheme.kept import Kept
 from bitlathe.autoscheme.measure import measure
 from bitlathe.autoscheme.score import score
-from bitlathe.errors import FormatError
+from bitlathe.errors import PlanError
 from bitlathe.model.edit import coded
 from bitlathe.numerics.project import dequantize
 from bitlathe.numerics.scheme import SCHEMES
 from bitlathe.plan import KEEP
+from bitlathe.plan_file import fields_of
+from bitlathe.prepare import prepare_search
+from bitlathe.recipe import merge
 from bitlathe.report import BlockReport, Event
 from families import VOCABULARY, save_model, write_text
 from frozen import Frozen
@@ -124,13 +127,47 @@ def test_a_run_that_is_continued_writes_the_same_bytes(tmp_path: Path, text: Pat
         assert (tmp_path / "q" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_transformers_is_told_to_leave_it_to_us(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_loads_them_after_our_import(tmp_path: Path, text: Path, *, tied: bool) -> None:
+    save_model(tmp_path / "m", tie_word_embeddings=tied)
+    overrides = {"*embed_tokens": "W4A16G32_ASYM"}
+    bitlathe.quantize(str(tmp_path / "m"), out=tmp_path / "q", calib=str(text), overrides=overrides, **SMALL)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, logits(tmp_path / "q"))
+
+
+def test_a_dense_folder_with_activations_has_ordinary_embeddings(tmp_path: Path, text: Path) -> None:
     save_model(tmp_path / "m")
-    bitlathe.quantize(
-        str(tmp_path / "m"), out=tmp_path / "q", calib=str(text), overrides={"*embed_tokens": "W4A16G32"}, **SMALL
-    )
-    with pytest.raises(FormatError, match=r"use bitlathe\.load"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    fields = {**SMALL, "scheme": "W8A8", "overrides": {"*embed_tokens": "W4A16G32"}, "formats": "native,dense"}
+    bitlathe.quantize(str(tmp_path / "m"), out=tmp_path / "q", calib=str(text), **fields)
+    assert torch.equal(logits(tmp_path / "q" / "dense"), logits(tmp_path / "q" / "native"))
+
+
+def test_what_overrides_say_of_a_shared_weight_takes_it_out_of_a_search() -> None:
+    for overrides, include in (({"lm_head": "W8A16"}, ()), ({"*head": "keep"}, ("lm_head",)), ({"*embed_tokens": "W8A16"}, ())):
+        space = ready_for(4.0, schemes="W3A16,W5A16,keep", overrides=overrides, include=include).space
+        assert space is not None
+        assert TABLE not in space.rows
+        assert (TABLE in space.plan.quantized) == (KEEP not in overrides.values())
+
+
+def test_a_plan_says_one_thing_of_a_shared_weight() -> None:
+    plan = ready_for(4.0, schemes="W4A16,W3A16", include="lm_head").plan
+    lines = fields_of(plan)["linears"]
+    prepare_search(merge({"model": "builtin", "out": ".", "linears": lines, "calib": "builtin", "seqlen": 64}), [])
+    with pytest.raises(
+        PlanError, match=r"lm_head W8A16, and it can only have keep: it shares its weight with model\.embed_tokens"
+    ):
+        prepare_search(merge({"model": "builtin", "out": ".", "linears": {**lines, "lm_head": "W8A16"}}), [])
+
+
+def test_embeddings_that_a_search_keeps_have_no_row(tmp_path: Path) -> None:
+    text = {"calib": "builtin", "seqlen": 64, "batch_size": 4}
+    fields = {**text, "schemes": "W4A16,keep", "include": "embed_tokens", "search": {"tokens": 1024, "held_out": 512}}
+    plan = bitlathe.search("builtin", bits=15.9, scores=tmp_path / "scores", **fields)
+    assert TABLE not in plan.linears
+    assert bitlathe.quantize("builtin", plan=plan, out=tmp_path / "q", samples=8, tuner="rtn", **text) == plan
 
 
 @pytest.mark.parametrize(

@@ -547,13 +547,14 @@ SEARCH: dict[str, Any] = {"scheme": None, "bits": 4.5, "schemes": "W3A16G32,W8A1
 @pytest.mark.parametrize(
     ("error", "changes", "words"),
     [
-        (PlanError, {"bits": 3.4}, ["3.4 bits a weight cannot be had", "W3A16G32, W8A16G32 take from 3.500 to 8.500"]),
-        (PlanError, {"bits": 9.0}, ["9 bits a weight cannot be had", "from 3.500 to 8.500", "other --schemes"]),
+        (PlanError, {"bits": 3.4}, ["3.4 bits a weight cannot be had", "W3A16G32, W8A16G32 take from 3.5000 to 8.5000"]),
+        (PlanError, {"bits": 9.0}, ["9 bits a weight cannot be had", "from 3.5000 to 8.5000", "other --schemes"]),
         (PlanError, {"schemes": "keep"}, ["nothing but keep", "--schemes"]),
         (PlanError, {"schemes": "W4A16,W8A16"}, ["none of the schemes W4A16, W8A16 fits", "64 inputs", "_CHANNEL", "=keep"]),
         (PlanError, {"include": "lm_heed"}, ["--include lm_heed matches no linear", "lm_head"]),
         (PlanError, {"groups": [["*.o_proj", "*.oo_proj"]]}, ["'*.oo_proj' matches none", "begin with *"]),
         (PlanError, {"overrides": {"*": "W4A16G32"}}, ["every linear has an override", "--bits"]),
+        (PlanError, {"overrides": {"*.q_proj": "W8A16G32"}}, ["'*.q_proj' takes", "q_proj out of the search", "as one matrix"]),
         (PlanError, {"act_clip": 0.9}, ["--act-clip is for quantized activations"]),
         (PlanError, {"schemes": "NVFP4,MXFP4", "act_asymmetric": True}, ["--act-asym is for integer activations"]),
         (PlanError, {"rotation_trials": 2, "rotate": "R1"}, ["--rotation-trials", "W4A4"]),
@@ -599,7 +600,9 @@ def test_an_option_that_a_format_cannot_hold_is_left_out_and_told(model: Path) -
         (("--bits", "4.5", "--plot", "a.pdf"), "one of .png, .svg, .html"),
         (("--bits", "4.5", "--out", "none/plan.yaml"), "is not there"),
         (("--bits", "4.5,20", "--schemes", "W3A16G32,W8A16G32"), "20 bits a weight cannot be had"),
-        ((), "no number of bits"),
+        ((), "--bits is what a search is for"),
+        (("--bits", "4.5", "--set", "bits=5"), "not by --set too"),
+        (("--bits", "4.5,nan"), "no number of bits"),
     ],
 )
 @pytest.mark.usefixtures("sealed")

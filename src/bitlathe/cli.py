@@ -229,6 +229,7 @@ def search(
     override: options.Override = None,
     formats: options.Formats = None,
     calib: options.Calib = None,
+    samples: options.Samples = None,
     seqlen: options.Seqlen = None,
     batch_size: options.BatchSize = None,
     rotate: options.Rotate = None,
@@ -248,9 +249,14 @@ def search(
 ) -> None:
     """Find which linear of MODEL gets which scheme for an average of N bits a weight. Nothing is quantized."""
     given = locals().copy()  # before anything else has a name
-    budgets = options.budgets_of(bits)
-    given |= {"bits": budgets[0], "out": "."}  # a plan has no folder to go to
+    budgets = options.budgets_of(bits) if bits else []
+    given |= {"bits": budgets[0] if bits else None, "out": "."}  # a plan has no folder to go to
     asked = options.asked(given, recipe, sets)
+    if asked.bits is None or (bits and asked.bits != budgets[0]):
+        raise RecipeError(
+            "--bits is what a search is for: give it once or several times, such as --bits 4.5, and not by --set too"
+        )
+    budgets = budgets or [asked.bits]
     files = refuse_files(out, budgets)
     if plot is not None:
         refuse_plot(plot)

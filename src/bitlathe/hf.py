@@ -6,12 +6,14 @@ native format, which is that of dense folders too where inputs are turned or rou
 turn their inputs it loads, and runs wrong.
 
 While the weights are read, a module that holds the streams of codes stands where each quantized linear was; transformers casts
-floats and finds only integers. Then each turns its codes into the weight they stand for.
+floats and finds only integers. Then each turns its codes into the weight they stand for. Embeddings stay the module they are,
+which may do more than look rows up, and hold the streams themselves; so does a head that shares their weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitlathe.arch import ARCHS, arch_for
+from bitlathe.arch import ARCHS, Arch, arch_for
 from bitlathe.errors import CheckpointError, FormatError
 from bitlathe.formats.compressed_tensors import METHOD as CT_METHOD
 from bitlathe.formats.compressed_tensors import CompressedTensors
 from bitlathe.formats.native import METHOD, Native
-from bitlathe.formats.stored import take
+from bitlathe.formats.stored import Layout, take
 from bitlathe.io.checkpoint import DTYPES as STORED
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.block import attach_cache
@@ -74,6 +76,53 @@ class CodedLinear(nn.Module):
         return f"in_features={self.shape[1]}, out_features={self.shape[0]}, bias={self.bias is not None}, scheme={scheme}"
 
 
+def _hold(module: nn.Module, layout: Layout) -> None:
+    """Put streams where a module's weight was. That of the codes is a parameter, as what is shared by a head must be."""
+    streams = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in layout.items()}
+    module.register_parameter("weight", nn.Parameter(streams.pop("weight"), requires_grad=False))
+    for name, stream in streams.items():
+        module.register_buffer(name, stream)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Embeddings that are loaded as codes. heads: the modules that share their weight. dtype: of that weight in the model."""
+
+    module: nn.Module
+    heads: tuple[nn.Module, ...]
+    row: LayerPlan
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, arch: Arch, row: LayerPlan) -> _Table:
+        """Those of a model, from here on with streams where the weight was."""
+        module = model.get_submodule(arch.embed)
+        heads = (model.get_submodule(arch.head),) if model.config.tie_word_embeddings else ()
+        weight = module.get_parameter("weight")
+        table = cls(module, heads, row, (weight.shape[0], weight.shape[1]), weight.dtype)
+        _hold(module, table.layout)
+        # transformers gives a head what the embeddings hold as their weight, here a stream.
+        for head in heads:
+            _hold(head, {"weight": table.layout["weight"]})
+        return table
+
+    def settle(self, dtype: torch.dtype) -> None:
+        """Like `CodedLinear.settle`."""
+        streams = {name: self.module.get_buffer(name) for name in self.layout if name != "weight"}
+        layer = Native().decode(streams | {"weight": self.module.get_parameter("weight").data}, self.row, self.shape)
+        for name in streams:
+            delattr(self.module, name)
+        weight = nn.Parameter(dequantize(layer.weight, dtype).to(self.dtype), requires_grad=False)
+        for module in (self.module, *self.heads):
+            module.register_parameter("weight", weight)
+
+    @property
+    def layout(self) -> Layout:
+        """Of the streams."""
+        return Native().layout(self.row, self.shape)
+
+
 @register_quantization_config(METHOD)
 class BitlatheConfig(QuantizationConfigMixin):
     """The native format's part of config.json, as it is there."""
@@ -93,6 +142,7 @@ class BitlatheQuantizer(HfQuantizer):
 
     requires_calibration = True
     _refusal: Refusal | None = None
+    _tables: Mapping[str, _Table]
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, *, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -103,11 +153,6 @@ class BitlatheQuantizer(HfQuantizer):
         stored = {name for group in self.quantization_config.to_dict()["groups"] for name in group["linears"]}
         plan = self._plan([*shapes, *(name for name in (arch.embed,) if name in stored)])
         rows = {name: plan.linears[name] for name in plan.quantized}
-        tables = [name for name in rows if name not in shapes]
-        if tables:
-            raise FormatError(
-                f"{tables[0]}, the embeddings, are quantized, which AutoModelForCausalLM cannot load here: use bitlathe.load"
-            )
         if not checkpoint_files:
             raise CheckpointError("there is no file to read codes from: give from_pretrained the folder that bitlathe wrote")
         folder = Path(checkpoint_files[0]).parent
@@ -117,7 +162,10 @@ class BitlatheQuantizer(HfQuantizer):
             f"{folder} instead",
         )
         # transformers leaves a tensor that it does not find as the memory was, and that would be decoded.
-        _check_streams(Checkpoint(folder), rows, shapes)
+        tokens, width = model.get_submodule(arch.embed).get_parameter("weight").shape
+        _check_streams(Checkpoint(folder), rows, {**shapes, arch.embed: (tokens, width)})
+        tables = [name for name in rows if name not in shapes]
+        self._tables = {name: _Table.of(model, arch, rows.pop(name)) for name in tables}
         for name, row in rows.items():
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
@@ -129,14 +177,14 @@ class BitlatheQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         dtype = DTYPES[str(self.quantization_config.to_dict()["dtype"])]
-        for name, module in model.named_modules():
-            if isinstance(module, CodedLinear):
-                if any(buffer.is_meta for buffer in module.buffers()):
-                    raise FormatError(
-                        f"the device_map moves {name} out of memory, where its codes cannot be decoded. Give a device_map that "
-                        "keeps every quantized linear on one device, or use bitlathe.load"
-                    )
-                module.settle(dtype)
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, CodedLinear)}
+        for name, coded in (linears | dict(self._tables)).items():
+            if any(stream.is_meta for stream in model.get_submodule(name).state_dict().values()):
+                raise FormatError(
+                    f"the device_map moves {name} out of memory, where its codes cannot be decoded. Give a device_map that "
+                    "keeps every quantized linear on one device, or use bitlathe.load"
+                )
+            coded.settle(dtype)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,7 @@ _SETTABLE = ", ".join(
     ]
 )
 
+_MOST = 1000  # budgets in a range
 # Options that may be repeated, and the fields of the recipe they go to.
 _FIELDS = {"override": "overrides", "group": "groups"}
 
@@ -49,8 +51,12 @@ Schemes = Annotated[
     ),
 ]
 Include = Annotated[
-    str | None,
-    Option(metavar="NAME[,NAME]", show_default="none", help="What joins the search though it is kept otherwise: lm_head."),
+    list[str] | None,
+    Option(
+        metavar="NAME[,NAME]",
+        show_default="none",
+        help="What joins the search though it is kept otherwise: lm_head, embed_tokens. Repeatable.",
+    ),
 ]
 Group = Annotated[
     list[str] | None,
@@ -177,8 +183,9 @@ def asked(
     given = {name: value for name, value in named.items() if name in Recipe.model_fields and value not in (None, [])}
     if "overrides" in given:
         given["overrides"] = parse_overrides(given["overrides"])
-    if "rotate" in given:
-        given["rotate"] = ",".join(given["rotate"])
+    for name in ("rotate", "include"):
+        if name in given:
+            given[name] = ",".join(given[name])
     layers = [read_yaml(recipe) if recipe else {}, given, parse_sets(sets or ())]
     if planned:
         refuse_both(planned, {name: value for layer in layers for name, value in layer.items()})
@@ -191,7 +198,8 @@ def budgets_of(texts: list[str] | None) -> list[float]:
     for part in ",".join(texts or ()).split(","):
         try:
             ends = [float(number) for number in part.split(":")]
-            if len(ends) not in (1, 3) or (len(ends) == 3 and not (ends[2] > 0 and ends[0] <= ends[1])):
+            spaced = len(ends) == 3 and ends[0] <= ends[1] <= ends[0] + _MOST * ends[2]
+            if not all(map(isfinite, ends)) or not (len(ends) == 1 or (spaced and ends[2] > 0)):
                 raise ValueError(part)
         except ValueError as error:
             raise RecipeError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from math import ceil, floor
 from typing import Literal
 
 from bitlathe.autoscheme.options import default_schemes
@@ -27,14 +29,27 @@ def planned(recipe: Recipe, skeleton: Skeleton, dtype: Dtype) -> tuple[Plan, dic
     """What happens to every linear, and why some are kept. Raises PlanError for what cannot be done."""
     if recipe.linears:
         explicit(recipe.linears, skeleton.matrices(recipe.linears), skeleton.fused)
-        # Routers have a line, and there is no choice for them.
-        routers = {name for name, row in skeleton.rows.items() if row.router}
-        linears = {name: scheme for name, scheme in recipe.linears.items() if name not in routers}
-        recipe = recipe.model_copy(update={"overrides": linears})
+        recipe = recipe.model_copy(update={"overrides": _lines(recipe, skeleton)})
     plan, reasons = _resolved(recipe, skeleton, dtype)
     refuse_ragged(plan, skeleton.matrices(plan.quantized))
     _refuse_undrawn(recipe, skeleton, plan)
     return plan, reasons
+
+
+def _lines(recipe: Recipe, skeleton: Skeleton) -> dict[str, str]:
+    """The lines of a plan's file that there is a choice about. Raises PlanError for a scheme where there is none."""
+    routers = [name for name, row in skeleton.rows.items() if row.router]
+    shared = [skeleton.arch.head] if skeleton.tied and not _unties(recipe, skeleton) else []
+    for name in (*routers, *shared):
+        if recipe.linears.get(name, KEEP) != KEEP:
+            why = _ROUTER if name in routers else f"it shares its weight with {skeleton.arch.embed}: give that the scheme"
+            raise PlanError(f"the plan gives {name} {recipe.linears[name]}, and it can only have {KEEP}: {why}")
+    return {name: scheme for name, scheme in recipe.linears.items() if name not in (*routers, *shared)}
+
+
+def _unties(recipe: Recipe, skeleton: Skeleton) -> bool:
+    """Whether the head gets a weight of its own."""
+    return skeleton.arch.folds("residual") and any(rotation.space == "residual" for rotation in recipe.rotations())
 
 
 def spaced(
@@ -47,12 +62,14 @@ def spaced(
     """
     options = recipe.schemes or default_schemes(budgets, recipe.formats)
     plans, reasons = _plans(recipe, skeleton, dtype, options)
-    names = _in_play(recipe, plans)
+    names = _in_play(recipe, skeleton, plans)
+    _refuse_split(recipe, skeleton, names)
     shapes, fused = skeleton.matrices({skeleton.arch.embed}), skeleton.fused
     every = space_of(plans, names, shapes=shapes, fused=fused, together=recipe.groups, formats=[Native()])
     held, notes = _held(every, formats, skeleton)
     plans = {option: plan for option, plan in plans.items() if option in held}
     space = space_of(plans, names, shapes=shapes, fused=fused, together=recipe.groups, formats=coded(formats))
+    space = replace(space, table=skeleton.arch.embed)
     _refuse_beside(space, formats, skeleton)
     _refuse_beyond(space, budgets)
     _refuse_undrawn(recipe, skeleton, space.plan)
@@ -61,10 +78,8 @@ def spaced(
 
 def _resolved(recipe: Recipe, skeleton: Skeleton, dtype: Dtype) -> tuple[Plan, dict[str, str]]:
     wanted = recipe.rotations()
-    folds = skeleton.arch.folds("residual")
-    unties = folds and any(rotation.space == "residual" for rotation in wanted)
-    parted = "--rotate R1" if folds else ""
-    shared = {} if unties else {name.removesuffix(".weight"): parted for name in skeleton.tied}
+    parted = "--rotate R1" if skeleton.arch.folds("residual") else ""
+    shared = {} if _unties(recipe, skeleton) else {name.removesuffix(".weight"): parted for name in skeleton.tied}
     head = skeleton.arch.head
     kept = {head: "shares its weight with the embeddings" if shared else "the output head stays in 16 bits unless asked for"}
     shapes = {name: shape for name, shape in skeleton.linears.items() if not skeleton.rows[name].router}
@@ -87,28 +102,36 @@ def _table(
 ) -> tuple[dict[str, LayerPlan], dict[str, str]]:
     """The row of the embeddings, if they are quantized, and the overrides that are left for linears.
 
-    An override is for the embeddings if it matches them and no linear, or matches the head alone where that shares their weight
-    and is to be quantized. parted: what would give such a head a weight of its own, "" for nothing; None where it has one.
-    Raises PlanError for a scheme with activations, which embeddings do not have.
+    parted: what would give a head that shares their weight one of its own, "" for nothing; None where it has one. Raises
+    PlanError for a scheme with activations, which embeddings do not have.
     """
-    table, head, wanted, left = skeleton.arch.embed, skeleton.arch.head, KEEP, {}
+    table, wanted, left = skeleton.arch.embed, KEEP, {}
     for glob, scheme in overrides.items():
-        matched = [glob] if glob in skeleton.linears else [name for name in skeleton.linears if fnmatchcase(name, glob)]
-        to_head = parted is not None and matched == [head] and scheme != KEEP
-        if to_head or (not matched and fnmatchcase(table, glob)):
-            wanted = scheme
-        else:
+        meant = _for_table(glob, skeleton, shared=parted is not None)
+        wanted = scheme if meant else wanted
+        if not meant or (scheme == KEEP and not fnmatchcase(table, glob)):
             left[glob] = scheme
     if wanted == KEEP:
         return {}, left
     preset = preset_named(wanted, dtype)
     if preset.input is not None:
-        also = "" if parted is None else f". {head} shares its weight{parted and f', or gets one of its own with {parted}'}"
+        also = (
+            ""
+            if parted is None
+            else f". {skeleton.arch.head} shares its weight{parted and f', or gets one of its own with {parted}'}"
+        )
         raise PlanError(
             f"{wanted} rounds activations, and {table} has none to round: ask for its weights alone, "
             f"{name_of(preset.weight)}{also}"
         )
     return {table: LayerPlan(weight=preset.weight)}, left
+
+
+def _for_table(glob: str, skeleton: Skeleton, *, shared: bool) -> bool:
+    """Whether an override is for the embeddings: it matches them and no linear, or the head alone where that shares (`shared`)
+    their weight."""
+    matched = [glob] if glob in skeleton.linears else [name for name in skeleton.linears if fnmatchcase(name, glob)]
+    return (shared and matched == [skeleton.arch.head]) or (not matched and fnmatchcase(skeleton.arch.embed, glob))
 
 
 def _refuse_undrawn(recipe: Recipe, skeleton: Skeleton, plan: Plan) -> None:
@@ -140,19 +163,37 @@ def _plans(recipe: Recipe, skeleton: Skeleton, dtype: Dtype, options: Sequence[s
     # Rotations are drawn for those that round their activations.
     first = plans[next(iter(rounded), next(iter(plans)))]
     if KEEP in options:
-        kept = {name: LayerPlan() for name in _in_play(recipe, {"": first})}
+        kept = {name: LayerPlan() for name in _in_play(recipe, skeleton, {"": first})}
         plans[KEEP] = first.model_copy(update={"linears": {**first.linears, **kept}})
     order = sorted(options, key=lambda option: (option not in rounded, option == KEEP))
     return {option: plans[option] for option in order}, reasons
 
 
-def _in_play(recipe: Recipe, plans: Mapping[str, Plan]) -> list[str]:
-    """The linears that a search chooses for: those that get what they are given by no override."""
+def _in_play(recipe: Recipe, skeleton: Skeleton, plans: Mapping[str, Plan]) -> list[str]:
+    """The linears that a search chooses for, and the embeddings: those that get what they are given by no override."""
     (plan, *_) = plans.values()
-    names = [name for name in plan.quantized if not any(fnmatchcase(name, glob) for glob in recipe.overrides)]
+    shared = bool(skeleton.tied) and not _unties(recipe, skeleton)
+    for_table = any(_for_table(glob, skeleton, shared=shared) for glob in recipe.overrides)
+    names = [
+        name
+        for name in plan.quantized
+        if not (for_table if name == skeleton.arch.embed else any(fnmatchcase(name, glob) for glob in recipe.overrides))
+    ]
     if not names:
         raise PlanError("every linear has an override, so there is nothing to search for: leave --bits out, or some overrides")
     return names
+
+
+def _refuse_split(recipe: Recipe, skeleton: Skeleton, names: Sequence[str]) -> None:
+    """Raise PlanError where overrides take a part of a group out of a search."""
+    searched = {skeleton.fused[name] for name in names if name in skeleton.fused}
+    out = [name for name, label in skeleton.fused.items() if label in searched and name not in set(names)]
+    if out:
+        glob = next((glob for glob in recipe.overrides if fnmatchcase(out[0], glob)), "")
+        raise PlanError(
+            f"the override {glob!r} takes {out[0]} out of the search, and leaves others of {skeleton.fused[out[0]]} in it: "
+            "engines run them as one matrix, in one scheme. Write one that matches all of them, or leave it out"
+        )
 
 
 def _included(recipe: Recipe, skeleton: Skeleton, option: str) -> dict[str, str]:
@@ -161,16 +202,22 @@ def _included(recipe: Recipe, skeleton: Skeleton, option: str) -> dict[str, str]
     found: dict[str, str] = {}
     for glob in recipe.include:
         names = skeleton.matrices({table})
-        matched = [name for name in names if fnmatchcase(name, glob) or name.rpartition(".")[2] == glob]
+        matched = [
+            name
+            for name in names
+            if (fnmatchcase(name, glob) or name.rpartition(".")[2] == glob)
+            and (name == table or not skeleton.rows[name].router)
+        ]
         if not matched:
             raise PlanError(
                 f"--include {glob} matches no linear of the model. What can be included is {skeleton.arch.head} and {table}"
             )
         found |= dict.fromkeys(matched, option)
     # What the embeddings get has no activations, and where the head shares their weight, so does what is meant for the head.
-    shared = skeleton.tied and not any(rotation.space == "residual" for rotation in recipe.rotations())
+    shared = bool(skeleton.tied) and not _unties(recipe, skeleton)
     weights = name_of(preset_named(option).weight)
-    return {name: weights if name == table or shared else scheme for name, scheme in found.items()}
+    of_table = [name for name in found if name == table or (shared and name == skeleton.arch.head)]
+    return found | dict.fromkeys(of_table, weights)
 
 
 def coded(formats: Iterable[Format]) -> list[Format]:
@@ -203,10 +250,12 @@ def _refuse_beside(space: Space, formats: Iterable[Format], skeleton: Skeleton) 
 
 
 def _refuse_beyond(space: Space, budgets: Iterable[float]) -> None:
-    least, most = space.range
+    least, most = space.ends
     for bits in budgets:
-        if not space.budget(least) <= space.budget(bits) or bits > most:
+        if not (least <= space.budget(bits) and bits * space.weights <= most):
+            # Rounded inwards, so that what is told can be had.
+            low, high = ceil(least / space.weights * 1e4) / 1e4, floor(most / space.weights * 1e4) / 1e4
             raise PlanError(
-                f"{bits:g} bits a weight cannot be had: {', '.join(space.options)} take from {least:.3f} to {most:.3f}, as the "
+                f"{bits:g} bits a weight cannot be had: {', '.join(space.options)} take from {low:.4f} to {high:.4f}, as the "
                 "file holds them. Ask for a number between these, or name other --schemes"
             )

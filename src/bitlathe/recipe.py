@@ -254,8 +254,11 @@ class Recipe(BaseModel):
 
     def rotations(self) -> tuple[Rotation, ...]:
         """What is asked to be turned, in the order R1 to R4; block 0 until the model says how wide its spaces are."""
-        same = {"block": self.rotation_block or 0, "seed": self.rotation_seed}
-        return tuple(Rotation(space=ROTATIONS[name].space, kind=kind, **same) for name, kind in map(turn_named, self.rotate))
+        block, seed = self.rotation_block or 0, self.rotation_seed
+        return tuple(
+            Rotation(space=ROTATIONS[name].space, kind=kind, block=block, seed=seed if kind == "random" else 0)
+            for name, kind in map(turn_named, self.rotate)
+        )
 
     def tuning(self) -> TuneOptions:
         """What a tuner may know of the recipe."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 
 from bitlathe.autoscheme.allocate import allocate
 from bitlathe.autoscheme.ground import Ground, Listen
@@ -22,6 +23,8 @@ from bitlathe.autoscheme.space import Choice, Space
 # How much of the correction is applied, as a power of it.
 _STRENGTHS = (0.0, 0.5, 1.0)
 _NEIGHBOURS = 3
+# What the plan is kept under in which all that is in play is kept.
+_NOTHING = "nothing"
 # Plans that are measured in one walk: each has hidden states of its own.
 _AT_ONCE = 16
 
@@ -62,9 +65,12 @@ def choose(ground: Ground, kept: Kept, budgets: Sequence[float], listen: Listen)
 
     def best(bits: float) -> Choice:
         fitting = [choice for choice in known.values() if space.size(choice) <= space.budget(bits)]
-        return min(fitting, key=lambda choice: (kept.measured[space.key(choice)].kl, space.size(choice)))
+        return min(fitting, key=lambda choice: (_divergence(kept.measured[space.key(choice)]), space.size(choice)))
 
     look(space.uniform.values())
+    if _NOTHING not in kept.measured:
+        (found,) = measure(ground, kept, [space.nothing], listen)
+        kept.measure(_NOTHING, found)
     factors = _factors(space, losses, kept)
     solved = {bits: _solutions(space, losses, factors, bits) for bits in budgets}
     look(choice for choices in solved.values() for choice in choices)
@@ -76,6 +82,11 @@ def choose(ground: Ground, kept: Kept, budgets: Sequence[float], listen: Listen)
         founds.append(Found(bits, space.bits(choice), choice, kept.measured[space.key(choice)], predicted))
     uniform = {option: (space.bits(choice), kept.measured[space.key(choice)]) for option, choice in space.uniform.items()}
     return Outcome(tuple(founds), uniform)
+
+
+def _divergence(found: Measured) -> float:
+    """For comparison: what is no number is worse than all that are."""
+    return found.kl if isfinite(found.kl) else inf
 
 
 def _losses(space: Space, kept: Kept) -> dict[str, dict[str, float]]:
@@ -91,7 +102,8 @@ def _factors(space: Space, losses: Mapping[str, Mapping[str, float]], kept: Kept
     factors = dict.fromkeys(space.options, 1.0)
     for option, choice in space.uniform.items():
         total = sum(losses[group][option] for group in choice)
-        true = kept.measured[space.key(choice)].kl
+        # What a cache, overrides, and turned weights in 16 bits lose is lost whatever is chosen.
+        true = kept.measured[space.key(choice)].kl - kept.measured[_NOTHING].kl
         if total > 0 and true > 0:
             factors[option] = true / total
     return factors

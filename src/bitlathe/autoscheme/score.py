@@ -15,12 +15,14 @@ searched range. (The diagonal: Optimal Brain Damage, LeCun et al., 1990; sampled
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from bitlathe.autoscheme.ground import Ground, Listen
 from bitlathe.autoscheme.kept import Kept, Score
+from bitlathe.errors import CheckpointError
 from bitlathe.io.writer import require_room
 from bitlathe.model.block import Block
 from bitlathe.model.edit import coded
@@ -190,9 +192,8 @@ class _Seen:
                 error = fake_quantize(weight, row.weight, learned, peak=peak, dtype=self.ground.dtype).float() - weight.float()
                 loss = (fisher * error.square_()).sum(dtype=torch.float64).item()
             lost = self.lost.get((name, option))
-            scores[option] = Score(
-                weights=0.5 * loss / self.tokens, inputs=0.0 if lost is None else 0.5 * lost.item() / self.tokens
-            )
+            inputs = 0.0 if lost is None else 0.5 * lost.item() / self.tokens
+            scores[option] = _finite(name, Score(weights=0.5 * loss / self.tokens, inputs=inputs))
         return scores
 
     def _fixed(self, inputs: Hidden) -> dict[tuple[str, str], StaticScale]:
@@ -206,6 +207,15 @@ class _Seen:
             found = static_scales(self.block, plan, inputs, batch_size=self.ground.batch_size)
             fixed |= {(name, option): scale for name, scale in found.items()}
         return fixed
+
+
+def _finite(name: str, found: Score) -> Score:
+    if not isfinite(found.loss):
+        raise CheckpointError(
+            f"what {name} reads of the calibration text, or the gradient there, is infinite or NaN, so nothing can be said of "
+            "it. The checkpoint is damaged, or its numbers overflow: download it again, or try --dtype bf16"
+        )
+    return found
 
 
 class _Table:
@@ -242,7 +252,7 @@ class _Table:
             if row.weight is not None:
                 error = dequantize(coded(self.weight, row.weight), self.ground.dtype).float() - self.weight.float()
                 loss = 0.5 * (self.fisher * error.square_()).sum(dtype=torch.float64).item() / tokens.numel()
-            scores[option] = Score(weights=loss, inputs=0.0)
+            scores[option] = _finite(self.name, Score(weights=loss, inputs=0.0))
         return {self.name: scores}
 
     def _scale(self) -> float:

@@ -27,7 +27,8 @@ class Space:
 
     plan: what holds whatever is chosen; the linears in play have some option there. groups: label -> the linears that get one
     option. rows: linear in play -> option -> its row of the plan, options that do not fit left out. sizes: group -> option ->
-    bits that its weights take in the file. shapes: linear -> (outputs, inputs).
+    bits that its weights take in the file. shapes: linear -> (outputs, inputs). table: the embeddings, which have a row of the
+    plan only where they are quantized.
     """
 
     plan: Plan
@@ -35,6 +36,7 @@ class Space:
     rows: Mapping[str, Mapping[str, LayerPlan]]
     sizes: Mapping[str, Mapping[str, int]]
     shapes: Mapping[str, tuple[int, int]]
+    table: str = ""
 
     @cached_property
     def weights(self) -> int:
@@ -47,10 +49,10 @@ class Space:
         return list(dict.fromkeys(option for rows in self.rows.values() for option in rows))
 
     @property
-    def range(self) -> tuple[float, float]:
-        """Bits a weight of the smallest and of the largest choice."""
+    def ends(self) -> tuple[int, int]:
+        """Bits in all of the smallest and of the largest choice."""
         least, most = (sum(end(sizes.values()) for sizes in self.sizes.values()) for end in (min, max))
-        return least / self.weights, most / self.weights
+        return least, most
 
     @property
     def uniform(self) -> dict[str, Choice]:
@@ -108,13 +110,22 @@ class Space:
 
     def alone(self, option: str) -> Plan:
         """The plan of an option for every group that has it; the others are kept."""
-        rows = {name: options.get(option, LayerPlan()) for name, options in self.rows.items()}
-        return self.plan.model_copy(update={"linears": {**self.plan.linears, **rows}})
+        return self._with({name: options.get(option, LayerPlan()) for name, options in self.rows.items()})
+
+    @property
+    def nothing(self) -> Plan:
+        """The plan in which all that is in play is kept."""
+        return self._with(dict.fromkeys(self.rows, LayerPlan()))
 
     def planned(self, choice: Choice) -> Plan:
         """The plan of a choice."""
-        rows = {name: self.rows[name][option] for name, option in self.linears(choice).items()}
-        return self.plan.model_copy(update={"linears": {**self.plan.linears, **rows}})
+        return self._with({name: self.rows[name][option] for name, option in self.linears(choice).items()})
+
+    def _with(self, rows: Mapping[str, LayerPlan]) -> Plan:
+        linears = {**self.plan.linears, **rows}
+        if self.table in rows and rows[self.table].weight is None:
+            del linears[self.table]
+        return self.plan.model_copy(update={"linears": linears})
 
 
 def space_of(

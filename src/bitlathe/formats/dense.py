@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitlathe.arch import ARCHS
 from bitlathe.errors import FormatError
 from bitlathe.formats.base import QuantLayer
 from bitlathe.formats.native import Native
@@ -24,6 +25,9 @@ from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.project import QuantTensor, dequantize
 from bitlathe.numerics.scheme import Scheme, described
 from bitlathe.plan import LayerPlan, Plan
+
+# The names of embeddings, which nothing happens to but that they are rounded.
+_TABLES = frozenset(arch.embed for arch in ARCHS.values())
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -78,6 +82,7 @@ class Dense:
     def config(self, plan: Plan) -> dict[str, Any] | None:
         """None where weights are all there is; else that of the native format, for the plan of what its streams hold."""
         rows = {name: _stored(row, plan.dtype) if _runs(row) else LayerPlan() for name, row in plan.linears.items()}
+        rows = {name: row for name, row in rows.items() if name not in _TABLES}  # those are ordinary tensors
         stored = plan.model_copy(update={"linears": rows})
         return Native().config(stored) if stored.quantized else None
 
