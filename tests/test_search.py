@@ -290,3 +290,16 @@ def test_nothing_is_read_of_a_model_that_has_its_scores_and_measures(scores: Pat
     swept(scores, [3.5])
     monkeypatch.setattr(Checkpoint, "read", None)
     assert swept(scores, [3.5]).records[0]["asked"] == 3.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "fields", [{}, {"schemes": "NVFP4,FP8_STATIC,W8A8_STATIC", "rotate": "R1,R2,R4", "include": "lm_head"}]
+)
+def test_a_search_on_a_gpu_finds_about_what_one_on_a_cpu_does(tmp_path: Path, fields: dict[str, Any]) -> None:
+    here, there = (swept(tmp_path / device, [6.0], device=device, **fields) for device in ("cpu", "cuda"))
+    for one, other in zip(here.uniform, there.uniform, strict=True):
+        assert one["kl"] == pytest.approx(other["kl"], rel=0.05, abs=1e-5)
+    assert there.records[0]["bits"] <= 6.0
+    assert here.records[0]["kl"] == pytest.approx(there.records[0]["kl"], rel=0.1)
