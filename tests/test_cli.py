@@ -56,6 +56,7 @@ FROZEN = {
         "--dtype",
         "--seed",
         "--scores",
+        "--model",
         "--tasks",
         "--restart",
     ],
@@ -86,6 +87,7 @@ FROZEN = {
         "--dtype",
         "--seed",
         "--scores",
+        "--model",
         "--json",
     ],
     "eval": ["DIR", "--against", "--text", "--seqlen", "--windows", "--tasks", "--json"],
@@ -264,6 +266,41 @@ def test_what_people_type_who_come_from_another_tool(asked: dict[str, dict[str, 
         "batch_size": 4,
         "samples": 16,
     }
+
+
+@pytest.mark.parametrize("command", FROZEN)
+def test_every_option_may_be_written_with_underscores(command: str) -> None:
+    for parameter in get_command(cli.app).commands[command].params:  # type: ignore[attr-defined]
+        for name in [name for name in (*parameter.opts, *parameter.secondary_opts) if "-" in name.removeprefix("--")]:
+            typed = f"--{name.removeprefix('--').replace('-', '_')}"
+            done = invoke(command, typed, *([] if parameter.is_flag else ["1"]), "--help")
+            assert done.exit_code == 0, done.output
+    assert "No such option" in invoke(command, "--no_such_option").stderr
+
+
+@pytest.mark.usefixtures("finished")
+def test_values_keep_their_underscores(asked: dict[str, dict[str, Any]]) -> None:
+    done = invoke(
+        *("quantize", "some_org/a_model", "--output_dir=a_b", "--dataset", "c_d-e.txt", "--set", "signround.check_every=4"),
+        *("--override", "*.q_proj=W8A16_CHANNEL"),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    call = asked["quantize"]
+    assert (call["args"], call["out"], call["calib"]) == (("some_org/a_model",), Path("a_b"), "c_d-e.txt")
+    assert (call["signround"]["check_every"], call["overrides"]) == (4, {"*.q_proj": "W8A16_CHANNEL"})
+
+
+@pytest.mark.usefixtures("finished")
+def test_the_model_may_be_named_by_an_option(asked: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: another\n")
+    assert invoke("quantize", "--model", "builtin", "--out", "o", "--recipe", str(file)).exit_code == 0
+    assert asked.pop("quantize")["args"] == ("builtin",)
+    for command in ("quantize", "search"):
+        done = invoke(command, "here", "--model", "there", "--bits", "4.5")
+        assert done.exit_code == 2
+        assert "the model is given twice, as 'here' and as --model 'there'" in done.stderr and "leave one" in done.stderr
+    assert "quantize" not in asked
 
 
 @pytest.mark.parametrize("command", [("quantize", "nowhere", "--out", "o"), ("eval", "nowhere")])

@@ -173,6 +173,7 @@ def quantize(
     dtype: options.Dtype = None,
     seed: options.Seed = None,
     scores: options.Scores = None,
+    named: options.Named = None,
     tasks: options.Tasks = None,
     restart: Annotated[
         bool, Option("--restart", show_default="off", help="Throw away what an earlier run left in --out, finished or not.")
@@ -180,6 +181,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a folder. Stopped at any moment, the same command continues."""
     given = locals().copy()  # before anything else has a name
+    given["model"] = options.one_model(model, named)
     options.refuse_tasks(tasks)
     if enable_alg_ext:
         given["signround"] = {"start": "searched"}
@@ -245,10 +247,12 @@ def search(
     dtype: options.Dtype = None,
     seed: options.Seed = None,
     scores: options.Scores = None,
+    named: options.Named = None,
     as_json: options.Json = False,
 ) -> None:
     """Find which linear of MODEL gets which scheme for an average of N bits a weight. Nothing is quantized."""
     given = locals().copy()  # before anything else has a name
+    given["model"] = options.one_model(model, named)
     budgets = options.budgets_of(bits) if bits else []
     given |= {"bits": budgets[0] if bits else None, "out": "."}  # a plan has no folder to go to
     asked = options.asked(given, recipe, sets)

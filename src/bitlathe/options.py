@@ -40,6 +40,7 @@ _MOST = 1000  # budgets in a range
 _FIELDS = {"override": "overrides", "group": "groups"}
 
 Model = Annotated[str | None, Argument(metavar="MODEL", help="Folder, Hub id, or 'builtin'; may stand in the recipe instead.")]
+Named = Annotated[str | None, Option("--model", metavar="MODEL", show_default="none", help="MODEL, said as an option.")]
 Schemes = Annotated[
     str | None,
     Option(
@@ -161,6 +162,13 @@ Tasks = Annotated[str | None, Option(metavar="NAME,NAME", show_default="none", h
 Json = Annotated[
     bool, Option("--json", show_default="off", help="Print one JSON object on standard output and nothing else there.")
 ]
+
+
+def one_model(model: str | None, named: str | None) -> str | None:
+    """The model, in its own place or after --model. Raises RecipeError where both name one."""
+    if model is not None and named is not None:
+        raise RecipeError(f"the model is given twice, as {model!r} and as --model {named!r}: leave one of the two out")
+    return named if model is None else model
 
 
 def refuse_tasks(tasks: str | None) -> None:
