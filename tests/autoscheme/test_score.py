@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from searches import ground_of, quiet, ready_for
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +20,7 @@ from bitlathe.numerics.project import fake_quantize, search
 from bitlathe.numerics.scheme import preset_named
 from bitlathe.plan import KEEP
 from families import save_model, write_text
+from searches import ground_of, quiet, ready_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
