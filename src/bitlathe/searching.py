@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from platformdirs import user_cache_path
 from bitlathe.autoscheme.choose import Found, Outcome, choose
 from bitlathe.autoscheme.ground import Ground
 from bitlathe.autoscheme.kept import Kept, Measured
+from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.source import open_model
+from bitlathe.model.weights import Weights
 from bitlathe.plan import Plan
 from bitlathe.planning import coded
 from bitlathe.prepare import Prepared, prepare_search
@@ -80,11 +82,10 @@ def mix(ready: Prepared, budgets: Sequence[float], listen: Listener) -> Outcome:
     """What a search of a prepared recipe chooses for each budget."""
     space, text = ready.space, ready.text
     assert space is not None and text.scored is not None and text.held_out is not None
-    place = ready.weights.device
     ground = Ground(
         skeleton=ready.skeleton,
         weights=ready.weights,
-        plain=open_model(ready.weights.checkpoint, device=place, dtype=torch.float32),
+        plain=_plain(ready),
         space=space,
         tokens=text.scored,
         held_out=text.held_out,
@@ -95,6 +96,13 @@ def mix(ready: Prepared, budgets: Sequence[float], listen: Listener) -> Outcome:
     root = ready.recipe.scores or user_cache_path("bitlathe", appauthor=False) / "scores"
     with Kept(root, _facts(ready, ground)) as kept:
         return choose(ground, kept, budgets, lambda what, done, of: listen(Searching(what, done, of)))
+
+
+def _plain(ready: Prepared) -> tuple[Skeleton, Weights]:
+    """The original as its checkpoint has it, in float32. A skeleton is built anew only where the head got a weight of its own."""
+    if ready.plan.untied:
+        return open_model(ready.weights.checkpoint, device=ready.weights.device, dtype=torch.float32)
+    return ready.skeleton, replace(ready.weights, plan=None, edits={}, dtype=torch.float32)
 
 
 def record_of(outcome: Outcome, ready: Prepared, place: int = 0) -> dict[str, Any]:
