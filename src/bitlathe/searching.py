@@ -99,7 +99,7 @@ def mix(ready: Prepared, budgets: Sequence[float], listen: Listener) -> Outcome:
 
 
 def _plain(ready: Prepared) -> tuple[Skeleton, Weights]:
-    """The original as its checkpoint has it, in float32. A skeleton is built anew only where the head got a weight of its own."""
+    """The original as its checkpoint has it, in float32. A skeleton is built anew only where the head got a weight."""
     if ready.plan.untied:
         return open_model(ready.weights.checkpoint, device=ready.weights.device, dtype=torch.float32)
     return ready.skeleton, replace(ready.weights, plan=None, edits={}, dtype=torch.float32)
