@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import exp, log
 from pathlib import Path
@@ -23,13 +24,12 @@ from bitlathe.autoscheme.score import score
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.calib import characters_for, text_of, tokenizer_of, windows_of
 from bitlathe.model.hidden import Budget
-from bitlathe.model.source import open_model
 from bitlathe.model.walk import begin, walk
 from bitlathe.plan import KEEP
 from bitlathe.prepare import prepare_search
 from bitlathe.recipe import merge
 from bitlathe.report import inspect
-from bitlathe.searching import sweep
+from bitlathe.searching import ground_of, sweep
 
 BUDGETS = (2.5, 3.0, 3.5, 4.5, 5.0, 6.0)
 WEIGHTS = "W2A16G64,W3A16,W4A16,W5A16,W6A16,W8A16"
@@ -143,21 +143,10 @@ def _interpolated(uniform: Sequence[tuple[float, float]], bits: float) -> float:
 
 def _ground(source: Source, fields: Mapping[str, Any]) -> Ground:
     ready = prepare_search(_asked(source, fields), [8.1])
-    assert ready.space is not None and ready.text.scored is not None
     tokenizer = tokenizer_of(Checkpoint(source.model).path)
     documents = text_of(source.text, "evaluation", characters=characters_for(_RANKED_ON, SETTINGS["seqlen"]))
-    plain = open_model(ready.weights.checkpoint, device=ready.weights.device, dtype=torch.float32)
-    return Ground(
-        skeleton=ready.skeleton,
-        weights=ready.weights,
-        plain=plain,
-        space=ready.space,
-        tokens=ready.text.scored,
-        held_out=windows_of(tokenizer, documents, seqlen=SETTINGS["seqlen"], count=_RANKED_ON),
-        batch_size=SETTINGS["batch_size"],
-        memory=2**32,
-        seed=0,
-    )
+    held_out = windows_of(tokenizer, documents, seqlen=SETTINGS["seqlen"], count=_RANKED_ON)
+    return replace(ground_of(ready), held_out=held_out)
 
 
 @torch.no_grad()

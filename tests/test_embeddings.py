@@ -27,9 +27,10 @@ from bitlathe.plan_file import fields_of
 from bitlathe.prepare import prepare_search
 from bitlathe.recipe import merge
 from bitlathe.report import BlockReport, Event
+from bitlathe.searching import ground_of
 from families import VOCABULARY, save_model, write_text
 from frozen import Frozen
-from searches import ground_of, quiet, ready_for
+from searches import quiet, ready_for
 
 TABLE = "model.embed_tokens"
 TOKENS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))

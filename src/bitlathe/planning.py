@@ -39,7 +39,7 @@ def planned(recipe: Recipe, skeleton: Skeleton, dtype: Dtype) -> tuple[Plan, dic
 def _lines(recipe: Recipe, skeleton: Skeleton) -> dict[str, str]:
     """The lines of a plan's file that there is a choice about. Raises PlanError for a scheme where there is none."""
     routers = [name for name, row in skeleton.rows.items() if row.router]
-    shared = [skeleton.arch.head] if skeleton.tied and not _unties(recipe, skeleton) else []
+    shared = [skeleton.arch.head] if _shared(recipe, skeleton) else []
     for name in (*routers, *shared):
         if recipe.linears.get(name, KEEP) != KEEP:
             why = _ROUTER if name in routers else f"it shares its weight with {skeleton.arch.embed}: give that the scheme"
@@ -47,9 +47,10 @@ def _lines(recipe: Recipe, skeleton: Skeleton) -> dict[str, str]:
     return {name: scheme for name, scheme in recipe.linears.items() if name not in (*routers, *shared)}
 
 
-def _unties(recipe: Recipe, skeleton: Skeleton) -> bool:
-    """Whether the head gets a weight of its own."""
-    return skeleton.arch.folds("residual") and any(rotation.space == "residual" for rotation in recipe.rotations())
+def _shared(recipe: Recipe, skeleton: Skeleton) -> bool:
+    """Whether head and embeddings share one weight in the result: as in the original, unless a folded R1 parts them."""
+    parts = skeleton.arch.folds("residual") and any(rotation.space == "residual" for rotation in recipe.rotations())
+    return bool(skeleton.tied) and not parts
 
 
 def spaced(
@@ -79,7 +80,7 @@ def spaced(
 def _resolved(recipe: Recipe, skeleton: Skeleton, dtype: Dtype) -> tuple[Plan, dict[str, str]]:
     wanted = recipe.rotations()
     parted = "--rotate R1" if skeleton.arch.folds("residual") else ""
-    shared = {} if _unties(recipe, skeleton) else {name.removesuffix(".weight"): parted for name in skeleton.tied}
+    shared = {name.removesuffix(".weight"): parted for name in skeleton.tied} if _shared(recipe, skeleton) else {}
     head = skeleton.arch.head
     kept = {head: "shares its weight with the embeddings" if shared else "the output head stays in 16 bits unless asked for"}
     shapes = {name: shape for name, shape in skeleton.linears.items() if not skeleton.rows[name].router}
@@ -172,7 +173,7 @@ def _plans(recipe: Recipe, skeleton: Skeleton, dtype: Dtype, options: Sequence[s
 def _in_play(recipe: Recipe, skeleton: Skeleton, plans: Mapping[str, Plan]) -> list[str]:
     """The linears that a search chooses for, and the embeddings: those that get what they are given by no override."""
     (plan, *_) = plans.values()
-    shared = bool(skeleton.tied) and not _unties(recipe, skeleton)
+    shared = _shared(recipe, skeleton)
     for_table = any(_for_table(glob, skeleton, shared=shared) for glob in recipe.overrides)
     names = [
         name
@@ -214,7 +215,7 @@ def _included(recipe: Recipe, skeleton: Skeleton, option: str) -> dict[str, str]
             )
         found |= dict.fromkeys(matched, option)
     # What the embeddings get has no activations, and where the head shares their weight, so does what is meant for the head.
-    shared = bool(skeleton.tied) and not _unties(recipe, skeleton)
+    shared = _shared(recipe, skeleton)
     weights = name_of(preset_named(option).weight)
     of_table = [name for name in found if name == table or (shared and name == skeleton.arch.head)]
     return found | dict.fromkeys(of_table, weights)

@@ -80,9 +80,17 @@ def sweep(recipe: Recipe, budgets: Sequence[float], listen: Listener) -> Searche
 
 def mix(ready: Prepared, budgets: Sequence[float], listen: Listener) -> Outcome:
     """What a search of a prepared recipe chooses for each budget."""
+    ground = ground_of(ready)
+    root = ready.recipe.scores or user_cache_path("bitlathe", appauthor=False) / "scores"
+    with Kept(root, _facts(ready, ground)) as kept:
+        return choose(ground, kept, budgets, lambda what, done, of: listen(Searching(what, done, of)))
+
+
+def ground_of(ready: Prepared) -> Ground:
+    """What a search of a prepared recipe stands on."""
     space, text = ready.space, ready.text
     assert space is not None and text.scored is not None and text.held_out is not None
-    ground = Ground(
+    return Ground(
         skeleton=ready.skeleton,
         weights=ready.weights,
         plain=_plain(ready),
@@ -93,9 +101,6 @@ def mix(ready: Prepared, budgets: Sequence[float], listen: Listener) -> Outcome:
         memory=ready.recipe.memory.activations,
         seed=ready.recipe.seed,
     )
-    root = ready.recipe.scores or user_cache_path("bitlathe", appauthor=False) / "scores"
-    with Kept(root, _facts(ready, ground)) as kept:
-        return choose(ground, kept, budgets, lambda what, done, of: listen(Searching(what, done, of)))
 
 
 def _plain(ready: Prepared) -> tuple[Skeleton, Weights]:

@@ -19,8 +19,9 @@ from bitlathe.numerics.activation import StaticScale, fake_quantize_input
 from bitlathe.numerics.project import fake_quantize, search
 from bitlathe.numerics.scheme import preset_named
 from bitlathe.plan import KEEP
+from bitlathe.searching import ground_of
 from families import save_model, write_text
-from searches import ground_of, quiet, ready_for
+from searches import quiet, ready_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

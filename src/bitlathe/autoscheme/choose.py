@@ -19,6 +19,7 @@ from bitlathe.autoscheme.kept import Kept, Measured
 from bitlathe.autoscheme.measure import measure
 from bitlathe.autoscheme.score import score
 from bitlathe.autoscheme.space import Choice, Space
+from bitlathe.plan import Plan
 
 # How much of the correction is applied, as a power of it.
 _STRENGTHS = (0.0, 0.5, 1.0)
@@ -31,13 +32,12 @@ _AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Found:
-    """What a search chose for a budget. asked: bits a weight; bits: what the choice takes; predicted: the sum of its scores."""
+    """What a search chose for a budget. asked: bits a weight; bits: what the choice takes."""
 
     asked: float
     bits: float
     choice: Choice
     measured: Measured
-    predicted: float
 
 
 @dataclass(frozen=True)
@@ -54,32 +54,30 @@ def choose(ground: Ground, kept: Kept, budgets: Sequence[float], listen: Listen)
     space, losses = ground.space, _losses(ground.space, kept)
     known: dict[str, Choice] = {}
 
-    def look(choices: Iterable[Choice]) -> None:
+    def look(choices: Iterable[Choice], plans: Mapping[str, Plan] | None = None) -> None:
         new = {space.key(choice): choice for choice in choices}
         known.update(new)
-        left = [key for key in new if key not in kept.measured]
+        asked = {key: space.planned(choice) for key, choice in new.items()} | dict(plans or {})
+        left = [key for key in asked if key not in kept.measured]
         for first in range(0, len(left), _AT_ONCE):
             keys = left[first : first + _AT_ONCE]
-            for key, found in zip(keys, measure(ground, kept, [space.planned(new[key]) for key in keys], listen), strict=True):
+            for key, found in zip(keys, measure(ground, kept, [asked[key] for key in keys], listen), strict=True):
                 kept.measure(key, found)
 
     def best(bits: float) -> Choice:
         fitting = [choice for choice in known.values() if space.size(choice) <= space.budget(bits)]
         return min(fitting, key=lambda choice: (_divergence(kept.measured[space.key(choice)]), space.size(choice)))
 
-    look(space.uniform.values())
-    if _NOTHING not in kept.measured:
-        (found,) = measure(ground, kept, [space.nothing], listen)
-        kept.measure(_NOTHING, found)
+    look(space.uniform.values(), {_NOTHING: space.nothing})
     factors = _factors(space, losses, kept)
     solved = {bits: _solutions(space, losses, factors, bits) for bits in budgets}
     look(choice for choices in solved.values() for choice in choices)
-    look(neighbour for bits in budgets for neighbour in _neighbours(space, _corrected(losses, factors, 1.0), best(bits), bits))
+    corrected = _corrected(losses, factors, 1.0)
+    look(neighbour for bits in budgets for neighbour in _neighbours(space, corrected, best(bits), bits))
     founds = []
     for bits in budgets:
         choice = best(bits)
-        predicted = sum(losses[group][option] for group, option in choice.items())
-        founds.append(Found(bits, space.bits(choice), choice, kept.measured[space.key(choice)], predicted))
+        founds.append(Found(bits, space.bits(choice), choice, kept.measured[space.key(choice)]))
     uniform = {option: (space.bits(choice), kept.measured[space.key(choice)]) for option, choice in space.uniform.items()}
     return Outcome(tuple(founds), uniform)
 
@@ -139,7 +137,7 @@ def _neighbours(space: Space, losses: Mapping[str, Mapping[str, float]], choice:
         for down_size, down_loss, down_option in downs
         if down != up and up_size + down_size <= room
     ]
-    best = heapq.nsmallest(_NEIGHBOURS, (move for move in alone + pairs if move[0] < float("inf")))
+    best = heapq.nsmallest(_NEIGHBOURS, alone + pairs)
     return [{**choice, **dict(changes)} for _, changes in best]
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -127,20 +128,12 @@ class Kept:
         for name, row in rows.items():
             self.scores.setdefault(name, {}).update({option: Score(**score) for option, score in row.items()})
 
-    def _disk(self) -> _Disk:
-        return _Disk(self.folder)
-
-
-class _Disk:
-    """Turns what the system refuses into one of our errors."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Turn what the system refuses into one of our errors."""
+        try:
+            yield
+        except OSError as error:
             raise OutputError(
                 f"{self.folder} cannot be written ({error.strerror or error}). What was found until now is kept: make room, "
                 "and give the same command again"

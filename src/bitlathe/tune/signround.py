@@ -55,7 +55,7 @@ class SignRound:
         assert inputs is not None and targets is not None
         peaks = block.peaks(schemes)
         weights = {name: block.weight(name) for name in schemes}
-        starts = self._starts(block, inputs, weights, schemes)
+        starts = self._starts(block, inputs, schemes, peaks)
         most = _WIDER if self.options.start == "searched" else 1.0
         tuned = {
             name: TunedLinear(block.linear(name), scheme, starts[name], peak=peaks[name], dtype=block.dtype, most=most)
@@ -71,16 +71,16 @@ class SignRound:
         return Tuned(layers, before, after, starved)
 
     def _starts(
-        self, block: Block, inputs: Hidden, weights: Mapping[str, Tensor], schemes: Mapping[str, Scheme]
+        self, block: Block, inputs: Hidden, schemes: Mapping[str, Scheme], peaks: Mapping[str, Tensor]
     ) -> dict[str, Learned]:
         """Where the descent starts, linear by linear."""
-        starts = {name: start_of(weights[name], scheme) for name, scheme in schemes.items()}
+        starts = {name: start_of(block.weight(name), scheme) for name, scheme in schemes.items()}
         if self.options.start == "plain":
             return starts
-        moments, peaks = moments_of(block, inputs, schemes, batch_size=self.batch_size), block.peaks(schemes)
+        moments = moments_of(block, inputs, schemes, batch_size=self.batch_size)
         for name, plain in starts.items():
             if plain.high is not None:
-                found = search(weights[name], schemes[name], moments.mean(name), peak=peaks[name])
+                found = search(block.weight(name), schemes[name], moments.mean(name), peak=peaks[name])
                 starts[name] = replace(plain, low=found.low, high=found.high)
         return starts
 
