@@ -19,7 +19,8 @@ FLOORS: list[set[str]] = [
     {"model"},  # loads checkpoints, so it knows formats, which must never know it
     {"tune", "evaluation", "autoscheme"},
     {"recipe", "turns", "planning", "plan_file", "prepare", "starting", "searching", "result", "report", "pipeline"},
-    {"__init__", "__main__", "cli", "options", "tables", "grid", "plot", "plotting", "progress", "demo", "hf"},
+    {"__init__", "__main__", "cli", "options", "tables", "grid", "plot", "plotting", "progress", "demo", "hf"}
+    | {"converting", "verifying", "readers"},
 ]
 OPEN_FLOORS = {0, 6, 7}
 

@@ -58,6 +58,7 @@ FROZEN = {
         "--scores",
         "--model",
         "--tasks",
+        "--verify",
         "--restart",
     ],
     "search": [
@@ -91,6 +92,8 @@ FROZEN = {
         "--json",
     ],
     "eval": ["DIR", "--against", "--text", "--seqlen", "--windows", "--tasks", "--json"],
+    "convert": ["DIR", "--format", "--out", "--restart"],
+    "verify": ["DIR", "--native", "--json"],
     "inspect": ["DIR", "--json"],
     "list": ["WHAT"],
     "demo": ["--out"],
@@ -124,6 +127,14 @@ ONLINE = {"name": "R4", "space": "mid", "kind": "hadamard", "block": 256, "seed"
     "bytes": 65536,
 }
 FIGURE = {"value": 0.25, "error": 0.03125}
+VERIFIED = {
+    "folder": "q",
+    "format": "native",
+    "codes": "q",
+    "readers": [{"reader": "bitlathe", "version": "0", "linears": 28, "unequal": 0, "largest": 0.0, "kl": 0.0, "same": True}],
+    "missing": ["gptqmodel"],
+    "same": True,
+}
 EVALUATED = {"model": "out", "against": "builtin", "text": "builtin", "windows": 3, "seqlen": 64} | dict.fromkeys(
     ["perplexity", "perplexity_against", "kl_mean", "kl_median", "kl_99", "kl_max", "top1_agreement"], FIGURE
 )
@@ -471,11 +482,11 @@ def test_list(what: str, names: list[str]) -> None:
 def test_demo_compares_original_and_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     def ran(out: Path | None, *, listen: Any) -> dict[str, Any]:
         sides = {"original": {"bytes": 2048, "text": "once upon"}, "quantized": {"bytes": 1024, "text": "a time"}}
-        return {"scheme": "W4A16", "evaluation": EVALUATED, **sides}
+        return {"scheme": "W4A16", "evaluation": EVALUATED, "verified": VERIFIED, **sides}
 
     monkeypatch.setattr(cli, "load", lambda target: ran if target.endswith(":demo") else quiet)
     output = invoke("demo").stdout
-    for words in ("W4A16", "2.0 KiB", "1.0 KiB", "0.25", "once upon", "a time", "top-1"):
+    for words in ("W4A16", "2.0 KiB", "1.0 KiB", "0.25", "once upon", "a time", "top-1", "gptqmodel", "same"):
         assert words in output, output
 
 

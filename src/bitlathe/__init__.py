@@ -11,6 +11,7 @@ from bitlathe.registry import load as _load
 from bitlathe.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from bitlathe.converting import convert
     from bitlathe.evaluation.perplexity import evaluate
     from bitlathe.model.load import load
     from bitlathe.numerics.rotation import Rotation
@@ -20,12 +21,28 @@ if TYPE_CHECKING:
     from bitlathe.recipe import Recipe
     from bitlathe.report import inspect
     from bitlathe.searching import search
+    from bitlathe.verifying import verify
 
-__all__ = ["Plan", "Recipe", "Rotation", "Scheme", "__version__", "evaluate", "inspect", "load", "quantize", "search"]
+__all__ = [
+    "Plan",
+    "Recipe",
+    "Rotation",
+    "Scheme",
+    "__version__",
+    "convert",
+    "evaluate",
+    "inspect",
+    "load",
+    "quantize",
+    "search",
+    "verify",
+]
 
 _PUBLIC: dict[str, str] = {
     "quantize": "bitlathe.pipeline:quantize",
     "search": "bitlathe.searching:search",
+    "convert": "bitlathe.converting:convert",
+    "verify": "bitlathe.verifying:verify",
     "load": "bitlathe.model.load:load",
     "evaluate": "bitlathe.evaluation.perplexity:evaluate",
     "inspect": "bitlathe.report:inspect",

@@ -23,6 +23,7 @@ from bitlathe.formats import FORMATS
 from bitlathe.numerics.scheme import PRESETS
 from bitlathe.plan_file import read_plan, refuse_files, write_plan
 from bitlathe.plotting import refuse_plot
+from bitlathe.recipe import formats_named
 from bitlathe.registry import load
 from bitlathe.tune import TUNERS
 from bitlathe.turns import ROTATIONS
@@ -36,6 +37,7 @@ _LATE: dict[str, str] = {
     "display": "bitlathe.progress:Display",
     "report": "bitlathe.report:read_report",
     "record": "bitlathe.report:record_evaluation",
+    "note": "bitlathe.report:record",
     "demo": "bitlathe.demo:demo",
 }
 
@@ -175,9 +177,10 @@ def quantize(
     scores: options.Scores = None,
     named: options.Named = None,
     tasks: options.Tasks = None,
-    restart: Annotated[
-        bool, Option("--restart", show_default="off", help="Throw away what an earlier run left in --out, finished or not.")
+    verify: Annotated[
+        bool, Option("--verify", show_default="off", help="At the end, open the result as 'bitlathe verify' does.")
     ] = False,
+    restart: options.Restart = False,
 ) -> None:
     """Quantize MODEL into a folder. Stopped at any moment, the same command continues."""
     given = locals().copy()  # before anything else has a name
@@ -195,6 +198,8 @@ def quantize(
     # Not this call's own time: the result may be the work of several, or have been there before.
     seconds = load(_LATE["report"])(folders[0])["seconds"]
     tables.show_summary([bitlathe.inspect(folder) for folder in folders], model=asked.model, seconds=seconds)
+    for folder in folders if verify else ():
+        verify_command(str(folder))
 
 
 @app.command()
@@ -303,6 +308,52 @@ def eval_command(
         echo(json.dumps(result))
     else:
         tables.show_evaluation(result)
+
+
+@app.command("convert")
+def convert_command(
+    folder: Annotated[str, Argument(metavar="DIR", help="Quantized checkpoint, of bitlathe or another program.")],
+    *,
+    formats: options.Formats = None,
+    out: Annotated[
+        Path | None,
+        Option(
+            metavar="DIR", show_default="required", help="Folder of the result; with several formats one inside it per format."
+        ),
+    ] = None,
+    restart: options.Restart = False,
+) -> None:
+    """Write a quantized checkpoint in another format, code for code: nothing is rounded, nothing is measured anew."""
+    if out is None:
+        raise RecipeError("--out is missing: give the folder of the result, such as --out converted")
+    names = formats_named(formats or options.default("formats"))
+    with load(_LATE["display"])() as listen:
+        bitlathe.convert(folder, out=out, formats=names, restart=restart, listen=listen)
+    folders = [out / name for name in names] if len(names) > 1 else [out]
+    seconds = load(_LATE["report"])(folders[0])["seconds"]
+    tables.show_summary([bitlathe.inspect(each) for each in folders], model="MODEL", seconds=seconds)
+
+
+@app.command("verify")
+def verify_command(
+    folder: Annotated[str, Argument(metavar="DIR", help="Quantized checkpoint to open.")],
+    *,
+    native: Annotated[
+        Path | None,
+        Option(metavar="DIR", show_default="the one beside DIR, if any", help="Native folder whose codes the weights must be."),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Open DIR in new processes, with our reader and the format's own, and compare weights and logits."""
+    result = bitlathe.verify(folder, native=native)
+    if load(_LATE["note"])(folder, "verified", result):
+        Console(stderr=True).print(f"Recorded in {folder}/report.json.", highlight=False, soft_wrap=True)
+    if as_json:
+        echo(json.dumps(result))
+    else:
+        tables.show_verified(result)
+    if not result["same"]:
+        raise Exit(1)
 
 
 @app.command("inspect")

@@ -34,7 +34,8 @@ def demo(out: Path | None, *, listen: Listener) -> dict[str, Any]:
     """Quantize the bundled model, reload it in a new process and compare.
 
     out: where to keep the result; None for a temporary folder. Returns {"scheme", "original": {"bytes", "text"}, "quantized":
-    likewise, "evaluation": what `bitlathe.evaluate` found}. Raises a BitlatheError if any of it fails.
+    likewise, "evaluation": what `bitlathe.evaluate` found, "verified": what
+    `bitlathe.verify` did}. Raises a BitlatheError if any of it fails.
     """
     if out is not None:
         return _run(out, listen)
@@ -45,6 +46,7 @@ def demo(out: Path | None, *, listen: Listener) -> dict[str, Any]:
 def _run(out: Path, listen: Listener) -> dict[str, Any]:
     quantize(_MODEL, out=out, scheme=SCHEME, calib="builtin", seqlen=_SEQLEN, samples=_SAMPLES, iters=_ITERS, listen=listen)
     evaluation = _in_new_process("bitlathe", "eval", str(out), "--against", _MODEL, "--seqlen", str(_SEQLEN), "--json")
+    verified = _in_new_process("bitlathe", "verify", str(out), "--json")
     quantized = _in_new_process("bitlathe.demo", str(out))
     original = AutoModelForCausalLM.from_pretrained(Checkpoint(_MODEL).path, dtype="auto")
     return {
@@ -52,6 +54,7 @@ def _run(out: Path, listen: Listener) -> dict[str, Any]:
         "original": {"bytes": inspect(_MODEL)["bytes"], "text": _continued(original, Checkpoint(_MODEL).path)},
         "quantized": {"bytes": inspect(out)["bytes"], "text": quantized["text"]},
         "evaluation": evaluation,
+        "verified": verified,
     }
 
 

@@ -159,6 +159,9 @@ Dtype = Annotated[
 ]
 Seed = Annotated[int | None, Option(metavar="N", show_default=default("seed"), help="Of every random choice.")]
 Tasks = Annotated[str | None, Option(metavar="NAME,NAME", show_default="none", help="Tasks of lm-eval: not in this version.")]
+Restart = Annotated[
+    bool, Option("--restart", show_default="off", help="Throw away what an earlier run left in --out, finished or not.")
+]
 Json = Annotated[
     bool, Option("--json", show_default="off", help="Print one JSON object on standard output and nothing else there.")
 ]

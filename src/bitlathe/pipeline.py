@@ -177,7 +177,7 @@ def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener, *, bega
     )
     writer.put(
         block.index,
-        {stream: kept | _encoded(named(stream, FORMATS, "format")(), written, ready.plan) for stream in ready.streams},
+        {stream: kept | encoded(named(stream, FORMATS, "format")(), written, ready.plan) for stream in ready.streams},
         report.model_dump(),
     )
     return report
@@ -199,12 +199,9 @@ def _tune(ready: Prepared, step: Step, schemes: Mapping[str, Any], listen: Liste
 def _kept_tensors(ready: Prepared, block: Block, schemes: Mapping[str, Any]) -> dict[str, Tensor]:
     """What goes into the block's shard beside its codes; the head's shard takes everything outside of the blocks."""
     skeleton = ready.skeleton
-    if block.index < skeleton.depth:
-        names = skeleton.parameters_of(block.name)
-    else:
-        names = [name for name in skeleton.shapes if not name.startswith(f"{skeleton.arch.blocks}.")]
     coded = {f"{name}.weight" for name in (*schemes, skeleton.arch.embed) if name in ready.plan.quantized}
-    return {name: tensor.cpu() for name, tensor in ready.weights.read(name for name in names if name not in coded).items()}
+    names = [name for name in skeleton.shard(block.index) if name not in coded]
+    return {name: tensor.cpu() for name, tensor in ready.weights.read(names).items()}
 
 
 def _table(ready: Prepared) -> dict[str, QuantLayer]:
@@ -238,7 +235,8 @@ def _starved(name: str, linears: tuple[str, ...]) -> str | None:
     )
 
 
-def _encoded(format: Format, layers: Mapping[str, QuantLayer], plan: Plan) -> dict[str, Tensor]:
+def encoded(format: Format, layers: Mapping[str, QuantLayer], plan: Plan) -> dict[str, Tensor]:
+    """The tensors of linears in a format, by their full names."""
     return {
         f"{name}.{key}": tensor.cpu()
         for name, layer in layers.items()

@@ -129,7 +129,7 @@ class Prepared:
 def prepare(recipe: Recipe) -> Prepared:
     """Everything that can be refused is refused here, before a weight is read."""
     if Path(recipe.model).expanduser().is_dir():
-        _refuse_nested(recipe.out, Path(recipe.model).expanduser())
+        refuse_nested(recipe.out, Path(recipe.model).expanduser())
     refuse_foreign(recipe.out)  # before anything is downloaded
     return prepare_search(recipe, [] if recipe.bits is None else [recipe.bits])
 
@@ -228,7 +228,8 @@ def _unused(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[str, ...]:
     )
 
 
-def _refuse_nested(out: Path, source: Path) -> None:
+def refuse_nested(out: Path, source: Path) -> None:
+    """Raise OutputError where the result's folder and the model's are one inside of the other."""
     here, there = out.resolve(), source.resolve()
     if here.is_relative_to(there):
         raise OutputError(f"--out {out} is the model's own folder, or inside it. Choose another folder for the result")

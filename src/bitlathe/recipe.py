@@ -203,12 +203,10 @@ class Recipe(BaseModel):
     @field_validator("formats", mode="before")
     @classmethod
     def _formats(cls, names: Any) -> tuple[str, ...]:
-        formats = tuple(_known(part, FORMATS, "format", ALIASES) for part in _parts(names))
-        if not formats:
-            raise ValueError("name at least one")
-        if len(set(formats)) < len(formats):
-            raise ValueError(f"a format is named twice: {', '.join(formats)}")
-        return formats
+        try:
+            return formats_named(names)
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("tuner")
     @classmethod
@@ -346,6 +344,19 @@ def _known(name: str, table: Mapping[str, str], kind: str, aliases: Mapping[str,
         return canonical(name, table, kind, aliases)
     except RecipeError as error:
         raise ValueError(str(error)) from error
+
+
+def formats_named(names: Any) -> tuple[str, ...]:
+    """Formats as the table spells them, of names in a list or with commas between. Raises RecipeError for anything else."""
+    try:
+        formats = tuple(canonical(part, FORMATS, "format", ALIASES) for part in _parts(names))
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    if not formats:
+        raise RecipeError("name at least one format")
+    if len(set(formats)) < len(formats):
+        raise RecipeError(f"a format is named twice: {', '.join(formats)}")
+    return formats
 
 
 def _parts(names: Any) -> list[str]:

@@ -175,7 +175,7 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     """
     checkpoint = Checkpoint(folder)
     skeleton, weights = open_model(checkpoint, device=torch.device("cpu"))
-    report = _own_report(checkpoint.path)
+    report = own_report(checkpoint.path)
     plan = Plan(**report["plan"]) if report else weights.plan
     schemes = {} if plan is None else plan.quantized
     matrices = skeleton.matrices(schemes)
@@ -253,11 +253,20 @@ def record_evaluation(folder: str | Path, found: Mapping[str, Any]) -> bool:
     Not done for any other folder, for one that cannot be written, and where a comparison with the original is recorded and
     `found` has none: the fuller one stays.
     """
-    path = Path(folder)
-    report = _own_report(path)
+    report = own_report(Path(folder))
     if not report or ("against" in (report["evaluation"] or {}) and "against" not in found):
         return False
-    report |= {"evaluation": dict(found)}
+    return record(folder, "evaluation", found)
+
+
+def record(folder: str | Path, field: str, found: Mapping[str, Any]) -> bool:
+    """Write a field into report.json of a result of ours, and its model card anew, and say whether that was done: not for any
+    other folder, nor for one that cannot be written."""
+    path = Path(folder)
+    report = own_report(path)
+    if not report:
+        return False
+    report |= {field: dict(found)}
     files = {REPORT: as_json(report), CARD: card(report).encode()}
     try:
         for name, content in files.items():
@@ -267,7 +276,7 @@ def record_evaluation(folder: str | Path, found: Mapping[str, Any]) -> bool:
     return True
 
 
-def _own_report(folder: Path) -> dict[str, Any]:
+def own_report(folder: Path) -> dict[str, Any]:
     """report.json of a result of ours; empty for any other folder, which may have one of another program."""
     try:
         return read_report(folder)

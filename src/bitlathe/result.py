@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from bitlathe.formats.base import Format
 from bitlathe.formats.ct_experts import read_alone
-from bitlathe.io.checkpoint import CONFIG
+from bitlathe.io.checkpoint import CONFIG, Checkpoint
 from bitlathe.io.writer import REPORT, TOOL, Writer
+from bitlathe.model.skeleton import Skeleton
 from bitlathe.plan import Plan
 from bitlathe.prepare import CODES, Prepared
 from bitlathe.report import CARD, as_json, card, read_report, rotations_of, sizes_of
@@ -17,6 +19,7 @@ from bitlathe.version import VERSION
 
 # The names of dtypes in config.json.
 _LONG = {"bf16": "bfloat16", "fp16": "float16"}
+PLAN = "plan.json"
 _VERSIONS = ("torch", "transformers", "safetensors", "compressed-tensors")
 
 
@@ -49,42 +52,60 @@ def _calibration(ready: Prepared) -> dict[str, Any] | None:
 def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, seconds: float) -> dict[str, bytes]:
     """The small files of one result by name."""
     checkpoint = ready.weights.checkpoint
-    config: dict[str, Any] = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "dtype")}
-    config["dtype"] = _LONG[ready.plan.dtype]
-    if ready.plan.untied:
+    said = {
+        "hub_model": checkpoint.source if checkpoint.from_hub else None,
+        "recipe": ready.recipe.model_dump(mode="json"),
+        "kept": ready.kept,
+        "notes": [*ready.notes, *(record["note"] for record in writer.done.values() if record["note"])],
+        "calibration": _calibration(ready),
+        "search": ready.found,
+        "seconds": seconds,
+        "evaluation": None,
+    }
+    return files_of(checkpoint, ready.skeleton, ready.plan, writer, format, said=said)
+
+
+def files_of(
+    checkpoint: Checkpoint, skeleton: Skeleton, plan: Plan, writer: Writer, format: Format, *, said: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """The small files of a result in one format, by name.
+
+    checkpoint: what it was made from, whose configuration and tokenizer it takes over. said: what only whoever made it can say
+    in report.json.
+    """
+    config = {
+        key: value
+        for key, value in checkpoint.config.items()
+        if key not in ("torch_dtype", "dtype", "quantization_config", "quantization")
+    }
+    config["dtype"] = _LONG[plan.dtype]
+    if plan.untied:
         config["tie_word_embeddings"] = False
-    quantization = format.config(ready.plan)
+    quantization = format.config(plan)
     if quantization is not None:
         config["quantization_config"] = quantization
-    sizes = sizes_of(writer.header(name), ready.skeleton.matrices(ready.plan.quantized), ready.plan.quantized)
+    sizes = sizes_of(writer.header(format.name), skeleton.matrices(plan.quantized), plan.quantized)
     sizes.pop("linears")  # `inspect` reads them off the files
-    plan = ready.plan.model_dump(mode="json")
+    dumped = plan.model_dump(mode="json")
     report = {
         "tool": TOOL,
         "version": VERSION,
-        "format": name,
+        "format": format.name,
         "quant_method": None if quantization is None else quantization["quant_method"],
-        "hub_model": checkpoint.source if checkpoint.from_hub else None,
-        "recipe": ready.recipe.model_dump(mode="json"),
-        "plan": plan,
-        "kept": ready.kept,
-        "experts_alone": name != "compressed-tensors" or read_alone(ready.plan),
-        "notes": [*ready.notes, *(record["note"] for record in writer.done.values() if record["note"])],
-        "calibration": _calibration(ready),
+        **said,
+        "plan": dumped,
+        "experts_alone": format.name != "compressed-tensors" or read_alone(plan),
         "versions": {package: version(package) for package in _VERSIONS},
         "blocks": [writer.done[shard] for shard in sorted(writer.done)],
-        "linears": len(ready.plan.linears),
-        "quantized": len(ready.plan.quantized),
+        "linears": len(plan.linears),
+        "quantized": len(plan.quantized),
         "sizes": sizes,
-        "search": ready.found,
-        "rotations": rotations_of(ready.plan, ready.skeleton),
-        "seconds": seconds,
-        "evaluation": None,
+        "rotations": rotations_of(plan, skeleton),
     }
     beside = {path.name: path.read_bytes() for path in checkpoint.companions()}
     return beside | {
         CONFIG: as_json(config),
-        "plan.json": as_json(plan),
+        PLAN: as_json(dumped),
         REPORT: as_json(report),
         CARD: card(report).encode(),
     }

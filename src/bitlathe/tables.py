@@ -69,6 +69,28 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
     _console().print(table)
 
 
+def show_verified(result: Mapping[str, Any]) -> None:
+    """What every reader made of a folder. result: what `bitlathe.verify` returns."""
+    table = Table(
+        "read by", "version", *_right("linears", "weights that differ", "by at most (roundings)", "KL divergence"), "",
+        title=f"{result['folder']} ({result['format']}), weights against the codes of {result['codes']}",
+    )  # fmt: skip
+    for row in result["readers"]:
+        if "error" in row:
+            table.add_row(row["reader"], row["version"], "-", "-", "-", "-", "failed")
+            continue
+        apart = [f"{row['linears']:,}", f"{row['unequal']:,}", f"{row['largest']:.2g}"]
+        kl = "-" if row["kl"] is None else f"{row['kl']:.2g}"
+        table.add_row(row["reader"], row["version"], *apart, kl, "same" if row["same"] else "DIFFERENT")
+    console = _console()
+    console.print(table)
+    for row in result["readers"]:
+        if "error" in row:
+            console.print(f"{row['reader']} failed: {row['error']}", markup=False)
+    if result["missing"]:
+        console.print(f"Not installed here, and not asked: {', '.join(result['missing'])}")
+
+
 def show_inspection(result: Mapping[str, Any]) -> None:
     """Every linear of what `bitlathe.inspect` returns, then the averages."""
     inputs = ["activations"] if any(row["activations"] for row in result["linears"]) else []
@@ -160,6 +182,7 @@ def show_demo(result: Mapping[str, Any]) -> None:
     table.add_row("top-1 agreement", "1", " ± ".join(_figure(found["top1_agreement"])))
     console = _console()
     console.print(table)
+    show_verified(result["verified"])
     console.print(f"original:  {original['text']}", markup=False)
     console.print(f"quantized: {quantized['text']}", markup=False)
 

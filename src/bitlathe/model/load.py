@@ -7,30 +7,34 @@ from pathlib import Path
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from bitlathe.errors import RecipeError
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.block import attach_cache
 from bitlathe.model.buffers import materialise_buffers
 from bitlathe.model.layers import QuantLinear, Stage, StagedLinear
 from bitlathe.model.saving import refuse_to_save
 from bitlathe.model.source import device_named, open_model
-from bitlathe.model.weights import Weights
+from bitlathe.model.weights import DTYPES, Weights
 
 GENERATION = "generation_config.json"
 
 
-def load(folder: str | Path, device: str = "auto") -> PreTrainedModel:
-    """The model in a folder, in eval mode and without gradients, in the dtype its config.json gives.
+def load(folder: str | Path, device: str = "auto", *, dtype: str = "auto") -> PreTrainedModel:
+    """The model in a folder, in eval mode and without gradients.
 
-    folder: a quantized model in the native or compressed-tensors format, a dense one, an original, or a Hub id. device: "auto",
-    "cpu", "cuda" or "cuda:i". Quantized linears run their dequantized codes, the weights that were measured. Weights come
-    from the file one module at a time; on the CPU those that are not quantized stay mapped from it. Its `save_pretrained`
-    writes dense weights, and raises FormatError where a plan says more than weights can.
+    folder: a quantized model in any format that is read here, a dense one, an original, or a Hub id. device: "auto", "cpu",
+    "cuda" or "cuda:i". dtype: what it runs in, "bf16", "fp16" or "fp32"; "auto" is what its config.json gives. Quantized
+    linears run their dequantized codes, the weights that were measured, in whatever dtype. Weights come from the file one
+    module at a time; on the CPU those that are not quantized stay mapped from it. Its `save_pretrained` writes dense weights,
+    and raises FormatError where a plan says more than weights can.
 
     Raises CheckpointError for a folder that is incomplete or whose quantization is not read here, UnsupportedModel for a
-    family without a table, RecipeError for a device that is not there.
+    family without a table, RecipeError for a device that is not there or an unknown dtype.
     """
     checkpoint = Checkpoint(folder)
-    skeleton, weights = open_model(checkpoint, device=device_named(device))
+    if dtype != "auto" and dtype not in DTYPES:
+        raise RecipeError(f"the dtype {dtype!r} is not known: give auto, {', '.join(DTYPES)}")
+    skeleton, weights = open_model(checkpoint, device=device_named(device), dtype=DTYPES.get(dtype))
     model = skeleton.model
     plan = weights.plan
     quantized = {} if plan is None else plan.quantized
@@ -57,7 +61,8 @@ def _coded(name: str, linear: nn.Module, weights: Weights) -> QuantLinear:
     layer = weights.layer(name)
     _fill_bias(name, linear, weights)
     stage = Stage(weights.plan.linears[name], layer.input, quantized=True)
-    return QuantLinear(layer.weight, StagedLinear(linear, stage), weights.dtype).to(weights.device)
+    made = DTYPES[weights.plan.dtype]
+    return QuantLinear(layer.weight, StagedLinear(linear, stage), made).to(weights.device, weights.dtype)
 
 
 def _fill_bias(name: str, linear: nn.Linear, weights: Weights) -> None:

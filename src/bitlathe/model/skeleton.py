@@ -147,6 +147,12 @@ class Skeleton:
         """Full names of the parameters and buffers saved for the module `name`."""
         return [f"{name}.{key}" for key in self.model.get_submodule(name).state_dict()]
 
+    def shard(self, index: int) -> list[str]:
+        """The tensors of block `index`; after the last block, those outside of all blocks."""
+        if index < self.depth:
+            return self.parameters_of(self.blocks[index])
+        return [name for name in self.shapes if not name.startswith(f"{self.arch.blocks}.")]
+
     def untie(self) -> Skeleton:
         """The skeleton of the same model with an output head of its own."""
         config = copy.deepcopy(self.model.config)

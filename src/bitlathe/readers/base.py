@@ -1,0 +1,45 @@
+"""What an opened folder answers, whoever opened it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Opened(Protocol):
+    """A folder as a reader sees it."""
+
+    def weight(self, linear: str) -> Tensor | None:
+        """The weight [outputs, inputs] that a linear multiplies by, in the dtype that the reader holds it in; None where it
+        does not show it."""
+        ...
+
+    def logits(self, tokens_BT: Tensor) -> Tensor | None:
+        """Logits [batch, tokens, vocabulary], float32; None where the reader runs no models."""
+        ...
+
+
+class OpenedModel:
+    """A transformers model."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+
+    @torch.no_grad()
+    def weight(self, linear: str) -> Tensor | None:
+        """See `Opened`. Of a module that holds codes, what it makes of the identity: 1 * w + 0 + ... is w in any dtype."""
+        module = self.model.get_submodule(linear)
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if weight is not None and weight.is_floating_point() and weight.ndim == 2 and weight.element_size() > 1:
+            return weight.detach()
+        identity = torch.eye(module.in_features, dtype=self.model.dtype, device=self.model.device)
+        out = module(identity)
+        bias = dict(module.named_parameters(recurse=False)).get("bias", dict(module.named_buffers(recurse=False)).get("bias"))
+        return (out - bias if isinstance(bias, Tensor) and not isinstance(module, nn.Identity) else out).T.contiguous()
+
+    @torch.no_grad()
+    def logits(self, tokens_BT: Tensor) -> Tensor | None:
+        """See `Opened`."""
+        return self.model(tokens_BT.to(self.model.device), use_cache=False).logits.float().cpu()
