@@ -1,8 +1,8 @@
 """verify: a finished folder, opened by other processes and other programs' readers, is what was made.
 
-`python -m bitlathe.verifying FOLDER READER CODES FILE` is one such process: it opens FOLDER by READER, compares the weight of
-every quantized linear with the codes in CODES (a folder that bitlathe reads, or FOLDER itself), writes its logits on fixed
-tokens into FILE and prints what it found as JSON.
+`python -m bitlathe.verifying READER JOBS` is one such process. JOBS is a JSON list of `Job`s; for each it opens the folder by
+READER, compares the weight of every quantized linear with the codes, writes the logits on fixed tokens into the job's file, and
+prints what it found as a line of JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,15 +38,25 @@ _TAUGHT = "transformers with bitlathe.hf"
 MOST = 1e-5
 # Fixed tokens: sequences, and tokens of one. Models run on any tokens, so that no text and no tokenizer is needed.
 _SHAPE = (4, 64)
+_MARK = '{"reader"'  # how the lines begin that are for us; readers print what they like
+_NOTHING = {"linears": 0, "unequal": 0, "largest": 0.0}
 _SHOWN = 2000  # characters of what a reader said when it failed
 
 
-def verify(folder: str | Path, *, native: str | Path | None = None, pythons: Mapping[str, str] | None = None) -> dict[str, Any]:
+class Job(NamedTuple):
+    """folder: to open. codes: a folder that bitlathe reads, whose codes the weights must be; `folder` itself, if need be. file:
+    where the logits go."""
+
+    folder: str
+    codes: str
+    file: str
+
+
+def verify(folder: str | Path, *, native: str | Path | None = None) -> dict[str, Any]:
     """Open a finished folder with our reader and with others' that are installed, each in a process of its own, and compare.
 
     native: a folder with the codes that the weights are compared with; by default a native one beside `folder`, as `quantize`
-    with several formats writes it, else `folder` itself. pythons: reader -> the interpreter that has it; by default this one,
-    for readers that it has.
+    with several formats writes it, else `folder` itself.
 
     Returns {"folder", "format", "codes", "readers": [{"reader", "version", "linears", "unequal": how many weights differ in any
     bit, "largest": the largest difference, in roundings of the reader's dtype at the largest weight of its row, "kl": mean KL
@@ -54,24 +64,21 @@ def verify(folder: str | Path, *, native: str | Path | None = None, pythons: Map
     "missing": readers that are not installed, "same"}. Raises CheckpointError for a folder that is not quantized.
     """
     folder = Path(folder).expanduser()
-    format = _format_of(folder)
-    codes = _codes_of(folder, native)
-    wanted = _readers_for(folder, format)
-    there = {name: (pythons or {}).get(name, sys.executable) for name in wanted}
-    missing = [name for name in wanted if name not in (pythons or {}) and find_spec(READERS[name].module) is None]
+    format, codes = _format_of(folder), _codes_of(folder, native)
+    wanted = readers_for(folder, format)
+    there = [name for name in wanted if find_spec(READERS[name].module) is not None]
     with tempfile.TemporaryDirectory(prefix="bitlathe-verify-") as scratch:
+        files = {name: Path(scratch) / f"{index}.safetensors" for index, name in enumerate(there)}
         rows = []
-        for index, name in enumerate(name for name in wanted if name not in missing):
-            file = Path(scratch) / f"{index}.safetensors"
-            rows.append(_asked(name, [there[name], "-m", "bitlathe.verifying", str(folder), name, str(codes), str(file)]))
-            rows[-1] |= _compared(Path(scratch) / "0.safetensors", file)
-            rows[-1]["same"] = _same(rows[-1])
+        for name, file in files.items():
+            (row,) = read_by(name, [Job(str(folder), str(codes), str(file))])
+            rows.append(judged(row, ours=files[OWN], theirs=file))
     return {
         "folder": str(folder),
         "format": format,
         "codes": str(codes),
         "readers": rows,
-        "missing": missing,
+        "missing": [name for name in wanted if name not in there],
         "same": all(row["same"] for row in rows),
     }
 
@@ -96,8 +103,9 @@ def _codes_of(folder: Path, native: str | Path | None) -> Path:
     return beside if made_together else folder
 
 
-def _readers_for(folder: Path, format: str) -> list[str]:
-    """Ours first, then the others'. What transformers alone would read as something else it is not asked to."""
+def readers_for(folder: Path, format: str) -> list[str]:
+    """The readers of a folder in a format: ours first, then the others'. What transformers alone would read as something else
+    it is not asked to."""
     report = own_report(folder)
     online = any(row["online"] for row in report.get("rotations", ())) or not report.get("experts_alone", True)
     coded = report.get("quant_method") == "bitlathe"
@@ -105,20 +113,34 @@ def _readers_for(folder: Path, format: str) -> list[str]:
     return [name for name, reader in READERS.items() if format in reader.formats and name != skipped]
 
 
-def _asked(name: str, command: Sequence[str]) -> dict[str, Any]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"reader": name, "version": "", "error": done.stderr.strip()[-_SHOWN:]}
-    return json.loads(done.stdout.splitlines()[-1])
+def read_by(name: str, jobs: Sequence[Job], python: str = sys.executable) -> list[dict[str, Any]]:
+    """What a reader finds in each folder, in one process as long as it does not fail; where it does, what it said ("error").
+
+    python: the interpreter that has the reader, and bitlathe.
+    """
+    rows: list[dict[str, Any]] = []
+    while len(rows) < len(jobs):
+        command = [python, "-m", "bitlathe.verifying", name, json.dumps(jobs[len(rows) :])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith(_MARK)]
+        if done.returncode:
+            rows.append({"reader": name, "version": "", "error": done.stderr.strip()[-_SHOWN:]})
+    return rows
 
 
-def _compared(ours: Path, other: Path) -> dict[str, float | None]:
+def judged(row: Mapping[str, Any], *, ours: Path, theirs: Path) -> dict[str, Any]:
+    """A row of `read_by` with the KL divergence of its logits from ours, and whether the reader sees what was made."""
+    row = {**row, "kl": _divergence(ours, theirs)}
+    return {**row, "same": _same(row)}
+
+
+def _divergence(ours: Path, theirs: Path) -> float | None:
     """Mean KL divergence of a reader's logits from ours; None where one of them has none."""
-    logits = [found for file in (ours, other) if file.is_file() and (found := load_file(file).get("logits")) is not None]
+    logits = [found for file in (ours, theirs) if file.is_file() and (found := load_file(file).get("logits")) is not None]
     if len(logits) < 2:
-        return {"kl": None}
+        return None
     wanted, got = (F.log_softmax(each.double(), -1) for each in logits)
-    return {"kl": F.kl_div(got, wanted, log_target=True, reduction="none").sum(-1).mean().item()}
+    return F.kl_div(got, wanted, log_target=True, reduction="none").sum(-1).mean().item()
 
 
 def _same(row: Mapping[str, Any]) -> bool:
@@ -152,15 +174,17 @@ def _tokens(vocabulary: int) -> Tensor:
 
 def main(arguments: Sequence[str]) -> None:
     """The process of one reader; see above."""
-    folder, name, codes, file = arguments
+    name, jobs = arguments
     reader = READERS[name]
-    opened: Opened = load(reader.target)(Path(folder))
-    skeleton, weights = open_model(Checkpoint(codes), device=torch.device("cpu"))
-    dense = weights.format is None  # without codes there are only logits to compare
-    logits = opened.logits(_tokens(skeleton.model.config.vocab_size))
-    save_file({} if logits is None else {"logits": logits.contiguous()}, file)
-    found = {"linears": 0, "unequal": 0, "largest": 0.0} if dense else _weights_compared(opened, weights)
-    print(json.dumps({"reader": name, "version": version(reader.package), **found}))
+    open_folder = load(reader.target)
+    for job in (Job(*fields) for fields in json.loads(jobs)):
+        opened: Opened = open_folder(Path(job.folder))
+        skeleton, weights = open_model(Checkpoint(job.codes), device=torch.device("cpu"))
+        logits = opened.logits(_tokens(skeleton.model.config.vocab_size))
+        save_file({} if logits is None else {"logits": logits.contiguous()}, job.file)
+        # Of a dense folder there are only logits to compare.
+        found = _NOTHING if weights.format is None else _weights_compared(opened, weights)
+        print(json.dumps({"reader": name, "version": version(reader.package), **found}), flush=True)
 
 
 if __name__ == "__main__":

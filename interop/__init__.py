@@ -1,0 +1,1 @@
+"""Every format, every scheme it holds, every reader: `python -m interop`."""
