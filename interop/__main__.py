@@ -1,9 +1,10 @@
 """Read what bitlathe writes with the programs that it is written for, and compare: `make interop`.
 
 One environment is made for each outside reader (interop/requirements has the pins). For every scheme the bundled model, or,
-where rows must be longer, a random one, is quantized once into every format that holds it; each reader then opens its folders, in a
-process of its own, and its weights and logits are compared with ours. The table is printed and goes into docs/interop.md, and
-its rows into docs/interop.json, which the README's table is made from. The exit status is 1 if any reader sees anything else.
+where rows must be longer, a random one, is quantized once into every format that holds it. Each reader then opens its folders,
+in a process of its own, and its weights and logits are compared with ours. The table is printed and goes into docs/interop.md,
+and its rows into docs/interop.json, which the README's table is made from. The exit status is 1 if any reader sees anything
+else.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ ENVIRONMENTS = {
     "llama.cpp": "gguf",
     "mlx": "mlx",
 }
+# To nearest; the text is for static scales of activations.
+_ROUNDED: dict[str, Any] = {"tuner": "rtn", "rtn": {"scale": "min-max"}, "calib": "builtin", "seqlen": 64, "samples": 2}
 
 
 def main() -> int:
@@ -71,7 +74,7 @@ def _made(folder: Path, formats: list[str]) -> Iterator[tuple[str, str, Path, Pa
                 out = folder / scheme / format
                 both = tuple(dict.fromkeys(("native", format)))
                 try:
-                    bitlathe.quantize(model, out=out, scheme=scheme, tuner="rtn", rtn={"scale": "min-max"}, formats=both)
+                    bitlathe.quantize(model, out=out, scheme=scheme, formats=both, **_ROUNDED)
                 except FormatError:
                     continue
                 except BitlatheError as error:

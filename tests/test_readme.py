@@ -37,9 +37,14 @@ BEYOND = {
 
 
 def accepts(format: str, plan: Plan) -> bool:
-    """Whether a format can hold a plan."""
+    """Whether a format can hold a plan, in the dtype of its readers."""
+    made = load(FORMATS[format])()
+    dtype = made.dtype or "bf16"
+    rows = {
+        name: row.model_copy(update={"weight": row.weight and row.weight.served_in(dtype)}) for name, row in plan.linears.items()
+    }
     try:
-        load(FORMATS[format])().check(plan, dict.fromkeys(plan.linears, SHAPE), {})
+        made.check(plan.model_copy(update={"linears": rows, "dtype": dtype}), dict.fromkeys(plan.linears, SHAPE), {})
     except FormatError:
         return False
     return True

@@ -144,7 +144,8 @@ def prepare_search(recipe: Recipe, budgets: Sequence[float]) -> Prepared:
     tuner = named(recipe.tuner, TUNERS, "tuner").of(recipe.tuning())
     checkpoint = Checkpoint(recipe.model)
     stored = stored_dtype(checkpoint)
-    asked = recipe.dtype if recipe.dtype != "auto" else stored
+    forced = [format.dtype for format in formats.values() if format.dtype is not None]
+    asked = recipe.dtype if recipe.dtype != "auto" else next(iter(forced), stored)
     dtype = "fp16" if asked == "fp16" else "bf16"
     skeleton, weights = open_model(checkpoint, device=device, dtype=DTYPES[dtype])
     if weights.plan is not None:
@@ -164,7 +165,8 @@ def prepare_search(recipe: Recipe, budgets: Sequence[float]) -> Prepared:
     text, told = _calibration(recipe, skeleton, checkpoint.path, searched=space is not None) if reads else (Text(), ())
     notes = (*told, *notes, *notes_on(plan, skeleton.arch, recipe.formats))
     if dtype != stored:
-        notes = (*notes, f"the model is stored in {stored}; the result and everything measured on the way is in {dtype}")
+        why = f", which readers of {', '.join(recipe.formats)} hold scales in" if dtype in forced else ""
+        notes = (*notes, f"the model is stored in {stored}; the result and everything measured on the way is in {dtype}{why}")
     return replace(ready, text=text, notes=notes)
 
 

@@ -3,6 +3,9 @@
 FORMATS: dict[str, str] = {
     "native": "bitlathe.formats.native:Native",
     "compressed-tensors": "bitlathe.formats.compressed_tensors:CompressedTensors",
+    "gptq": "bitlathe.formats.gptq:Gptq",
+    "awq": "bitlathe.formats.awq:Awq",
+    "auto-round": "bitlathe.formats.auto_round:AutoRound",
     "dense": "bitlathe.formats.dense:Dense",
 }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -28,9 +28,13 @@ class QuantLayer:
 
 
 class Format(Protocol):
-    """One checkpoint format; instances hold nothing."""
+    """One checkpoint format; instances hold nothing.
+
+    dtype: the only one that its readers hold scales in, "fp16" or "bf16"; None where that is the model's.
+    """
 
     name: str
+    dtype: ClassVar[Literal["bf16", "fp16"] | None]
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError if `plan` cannot be held; shapes: linear -> (outputs, inputs), in which a quantized

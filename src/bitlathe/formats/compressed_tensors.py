@@ -19,7 +19,7 @@ its version 0.20, and tested against it):
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
@@ -49,6 +49,7 @@ class CompressedTensors:
     """compressed-tensors: weights, activations, and rotations that run online with a Hadamard matrix of a power of two."""
 
     name = "compressed-tensors"
+    dtype: ClassVar[Literal["bf16", "fp16"] | None] = None
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError for what the library has no layout for, or would decode or run as other numbers than ours."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Dense:
     """Dequantized weights, folded rotations included, and what happens to their inputs while a model runs."""
 
     name = "dense"
+    dtype: ClassVar[Literal["bf16", "fp16"] | None] = None
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError for what happens to a cache, or to the input of a kept weight: no stream is there to say it."""

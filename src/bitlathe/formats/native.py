@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import ceil
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -81,6 +81,7 @@ class Native:
     """The lossless format; it holds every plan."""
 
     name = "native"
+    dtype: ClassVar[Literal["bf16", "fp16"] | None] = None
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Nothing is refused."""

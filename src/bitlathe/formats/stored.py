@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from math import prod
 
 import torch
 from torch import Tensor
 
 from bitlathe.errors import CheckpointError, FormatError
+from bitlathe.numerics.scheme import Scheme, name_of
 from bitlathe.plan import Plan
 
 # Name of a tensor -> its dtype and shape.
@@ -34,6 +35,44 @@ def take(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tu
             "The file does not belong to this config.json: fetch the folder again"
         )
     return tensor
+
+
+def refuse_beyond_weights(plan: Plan, shapes: Mapping[str, tuple[int, int]], heads: Container[str], format_name: str) -> None:
+    """Raise FormatError for a plan with anything but quantized weights of linears, and rotations that are folded into them.
+
+    shapes: of the linears. heads: names of output heads, which are kept too.
+    """
+    rows = plan.linears.items()
+    beyond = {
+        "quantizes nothing: write the dense format instead": not plan.quantized,
+        "quantizes activations: choose schemes of weights": any(row.input is not None for _, row in rows),
+        "turns inputs while it runs (R4): leave that rotation out": any(row.online is not None for _, row in rows),
+        "turns queries and keys (R3): leave that rotation out": any(turn.space == "qk" for turn in plan.rotations),
+        "quantizes cached keys and values: leave out --kv": plan.kv is not None,
+        "quantizes embeddings: keep them": any(name not in shapes for name in plan.quantized),
+        "quantizes the output head: keep it": any(name in heads for name in plan.quantized),
+    }
+    told = [words for words, there in beyond.items() if there]
+    if told:
+        raise FormatError(
+            f"{format_name} cannot hold a plan that {told[0]}, or write the native format, which holds every plan"
+        )
+
+
+def refuse_rows(
+    plan: Plan,
+    shapes: Mapping[str, tuple[int, int]],
+    format_name: str,
+    reason: Callable[[Scheme, tuple[int, int]], str | None],
+) -> None:
+    """Raise FormatError for quantized linears that there is a reason against, each reason once. shapes: (outputs, inputs)."""
+    refused: dict[str, list[str]] = {}
+    for name, scheme in plan.quantized.items():
+        if (why := reason(scheme, shapes[name])) is not None:
+            refused.setdefault(f"{name_of(scheme)}: {why}", []).append(name)
+    if refused:
+        told = "; ".join(f"{some(names)}, {why}" for why, names in refused.items())
+        raise FormatError(f"{format_name} cannot hold {told}. The native format holds every scheme")
 
 
 def refuse_split_groups(plan: Plan, fused: Mapping[str, str], format_name: str) -> None:
