@@ -41,7 +41,8 @@ def accepts(format: str, plan: Plan) -> bool:
     made = load(FORMATS[format])()
     dtype = made.dtype or "bf16"
     rows = {
-        name: row.model_copy(update={"weight": row.weight and row.weight.served_in(dtype)}) for name, row in plan.linears.items()
+        name: row.model_copy(update={"weight": row.weight and row.weight.served_in(dtype)})
+        for name, row in plan.linears.items()
     }
     try:
         made.check(plan.model_copy(update={"linears": rows, "dtype": dtype}), dict.fromkeys(plan.linears, SHAPE), {})

@@ -157,7 +157,7 @@ def _weights_compared(opened: Opened, codes: Weights) -> dict[str, Any]:
     linears = unequal = 0
     largest = 0.0
     for name in codes.plan.quantized:
-        found = opened.weight(name)
+        found = opened.weight(name, codes.shapes[name][1])
         if found is None:
             continue
         wanted = dequantize(codes.layer(name).weight, DTYPES[codes.plan.dtype]).float()

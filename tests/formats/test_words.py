@@ -23,7 +23,7 @@ from format_samples import COLUMNS, ROWS, facts, layer_of, plan_of, row_named
 from test_convert import quantized, tensors
 
 FORMATS: dict[str, Format] = {"gptq": Gptq(), "awq": Awq(), "auto-round": AutoRound()}
-WIDTHS = {"gptq": "2348", "awq": "4", "auto-round": "2348"}
+WIDTHS = {"gptq": "2348", "awq": "4", "auto-round": "234568"}
 HELD = [
     (format, scheme)
     for format, widths in WIDTHS.items()
@@ -128,8 +128,8 @@ REFUSED: list[tuple[str, Plan, str]] = [
     ("awq", planned("W4A16"), "_ASYM"),
     ("awq", planned("W8A16_ASYM"), "4 bits"),
     ("awq", planned("W4A16_ASYM", k="W4A16G32_ASYM"), "one scheme"),
-    ("auto-round", planned("W4A16_ASYM", k="W8A16_ASYM"), "one width"),
-    ("auto-round", planned("W6A16"), "2, 3, 4, 8 bits"),
+    ("auto-round", planned("W4A16_ASYM", k="W8A16"), "one kind"),
+    ("auto-round", planned("FP8_BLOCK"), "integers"),
 ]
 
 
@@ -182,6 +182,16 @@ def test_other_programs_words_for_the_same() -> None:
     }
     extra = {"block_name_to_quantize": "model.layers", "extra_config": {r".*\.1\..*": {"bits": 16}}}
     assert list(AutoRound().parse(AUTO | extra, linears).quantized) == ["model.layers.0.q"]
+
+
+def test_asymmetric_codes_of_four_bits_as_the_auto_round_package_writes_them() -> None:
+    row, config = row_named("W4A16_ASYM", "fp16"), AUTO | {"sym": False, "packing_format": "auto_round:auto_awq"}
+    assert AutoRound().parse(config, ["model.layers.0.q"]).linears == {"model.layers.0.q": row}
+    layer = layer_of(row, "fp16")
+    decoded = AutoRound().decode(Awq().encode(layer, row, "fp16"), row, (ROWS, COLUMNS))
+    assert facts(decoded.weight) == facts(layer.weight)
+    with pytest.raises(FormatError, match="auto_awq"):
+        AutoRound().parse(config | {"bits": 8}, ["model.layers.0.q"])
 
 
 def test_files_that_belong_to_another_configuration_are_found() -> None:

@@ -1,9 +1,10 @@
 """auto-round, the format of that package and of transformers with it (quant_method "auto-round").
 
-Integers of 2, 3, 4 and 8 bits; `extra_config` names the linears that have another scheme than most, and those that are kept.
-The layouts are those of GPTQ and AWQ (words.py), and packing_format says which, once for all linears: "auto_round:auto_gptq"
-for symmetric codes, "auto_round:auto_awq" for asymmetric ones of 4 bits, "auto_round" for asymmetric ones of other widths.
-Weights only, scales in fp16; a folded rotation is in the weights.
+Integers of 2 to 6 and 8 bits; `extra_config` names the linears that have another scheme than most, and those that are kept.
+The layout is GPTQ's without indices (words.py), and packing_format says which, once for all linears: "auto_round:auto_gptq"
+for symmetric codes, "auto_round" for asymmetric ones, whose zero points are stored as they are. The package writes asymmetric
+codes of 4 bits as AWQ does ("auto_round:auto_awq"); such folders are read, and not written, because no reader of it runs on a
+CPU: the format awq has the same tensors. Weights only, scales in fp16; a folded rotation is in the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bitlathe.errors import FormatError
 from bitlathe.formats.base import QuantLayer
 from bitlathe.formats.gptq import HEADS, facts_of, most_of, refuse_two_kinds, scheme_of
 from bitlathe.formats.stored import bits_of, refuse_beyond_weights, refuse_rows, refuse_split_groups
-from bitlathe.formats.words import AWQ, V1, V2, Words, bits_of_codes, decode, encode, layout_of, misfit, reason_against
+from bitlathe.formats.words import AWQ, Words, bits_of_codes, decode, encode, layout_of, misfit, reason_against
 from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.scheme import Scheme
 from bitlathe.plan import LayerPlan, Plan
@@ -26,12 +27,14 @@ from bitlathe.plan import LayerPlan, Plan
 METHOD = "auto-round"
 # The version of the package that this was checked against.
 _VERSION = "0.16.1"
-_PACKING: dict[Words, str] = {V1: "auto_round:auto_gptq", AWQ: "auto_round:auto_awq", V2: "auto_round"}
+_SYMMETRIC, _ASYMMETRIC = Words(less=1), Words()
+_PACKING: dict[Words, str] = {_SYMMETRIC: "auto_round:auto_gptq", _ASYMMETRIC: "auto_round", AWQ: "auto_round:auto_awq"}
+_WIDTHS = (2, 3, 4, 5, 6, 8)
 _KEPT = 16  # bits, at which the package keeps a linear
 
 
 class AutoRound:
-    """auto-round: integers of 2, 3, 4 and 8 bits, mixed, for that package through transformers."""
+    """auto-round: integers of 2 to 6 and 8 bits, mixed, for that package through transformers."""
 
     name = "auto-round"
     dtype: ClassVar[Literal["bf16", "fp16"] | None] = "fp16"
@@ -39,9 +42,8 @@ class AutoRound:
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError for what the layout or the configuration has no words for."""
         refuse_beyond_weights(plan, shapes, HEADS, self.name)
-        refuse_rows(plan, shapes, self.name, lambda scheme, shape: reason_against(scheme) or misfit(scheme, shape))
+        refuse_rows(plan, shapes, self.name, _reason)
         refuse_two_kinds(plan, self.name)
-        _packing(plan)
         refuse_split_groups(plan, fused, self.name)
 
     def bits(self, row: LayerPlan, shape: tuple[int, int]) -> int:
@@ -54,9 +56,12 @@ class AutoRound:
         return encode(layer.weight, _words(layer.weight.scheme))
 
     def decode(self, tensors: Mapping[str, Tensor], row: LayerPlan, shape: tuple[int, int]) -> QuantLayer:
-        """The inverse of `encode`. Raises CheckpointError for tensors that are not of this row and shape."""
+        """The inverse of `encode`, and of how the package writes asymmetric codes of 4 bits. Raises CheckpointError for tensors
+        that are not of this row and shape."""
         assert row.weight is not None
-        return QuantLayer(decode(tensors, row.weight, shape, _words(row.weight)))
+        codes = tensors.get("qweight")
+        across = row.weight.asymmetric and bits_of_codes(row.weight) == 4 and codes is not None and len(codes) == shape[1]
+        return QuantLayer(decode(tensors, row.weight, shape, AWQ if across else _words(row.weight)))
 
     def decode_input(self, tensors: Mapping[str, Tensor], row: LayerPlan) -> StaticScale | None:
         """None: activations are not quantized."""
@@ -70,7 +75,7 @@ class AutoRound:
             "quant_method": METHOD,
             **facts_of(most),
             "data_type": "int",
-            "packing_format": _packing(plan),
+            "packing_format": _PACKING[_words(most)],
             "autoround_version": _VERSION,
             "block_name_to_quantize": _blocks(plan),
             "extra_config": {name: (kept | others)[name] for name in plan.linears if name in kept | others},
@@ -90,33 +95,26 @@ class AutoRound:
             found = next((told for key, told in extra.items() if key == name or re.fullmatch(key, name)), {})
             outside = name in HEADS or (prefixes and not name.startswith(prefixes))
             kept = found.get("bits") == _KEPT or (outside and not found)
-            rows[name] = LayerPlan() if kept else LayerPlan(weight=scheme_of({**config, **found}, self.name))
+            rows[name] = LayerPlan() if kept else LayerPlan(weight=scheme_of({**config, **found}, self.name, _WIDTHS))
         plan = Plan(linears=rows, dtype="fp16")
         refuse_two_kinds(plan, self.name)
-        if config.get("packing_format") != _packing(plan):
+        found = config.get("packing_format")
+        in_fours = {bits_of_codes(scheme) for scheme in plan.quantized.values()} == {4}
+        across = found == _PACKING[AWQ] and in_fours and most_of(plan).asymmetric
+        if not across and found != _PACKING[_words(most_of(plan))]:
             raise FormatError(
-                f"auto-round with packing_format {config.get('packing_format')!r} is not read here: of these schemes it is "
-                f"{_packing(plan)!r}. Load it with the auto-round package"
+                f"auto-round with packing_format {found!r} is not read here: of these schemes it is "
+                f"{_PACKING[_words(most_of(plan))]!r}. Load it with the auto-round package"
             )
         return plan
 
 
+def _reason(scheme: Scheme, shape: tuple[int, int]) -> str | None:
+    return reason_against(scheme, _WIDTHS) or misfit(scheme, shape)
+
+
 def _words(scheme: Scheme) -> Words:
-    if not scheme.asymmetric:
-        return V1
-    return AWQ if bits_of_codes(scheme) == 4 else V2
-
-
-def _packing(plan: Plan) -> str:
-    """packing_format. Raises FormatError where linears would need different ones."""
-    found: dict[Words, str] = {_words(scheme): name for name, scheme in plan.quantized.items()}
-    if len(found) > 1:
-        raise FormatError(
-            f"auto-round cannot hold {' and '.join(found.values())} side by side: asymmetric codes of 4 bits are packed "
-            "differently than others, and that is said once for all linears. Choose one width, symmetric schemes, or the "
-            "native format"
-        )
-    return _PACKING[next(iter(found))]
+    return _ASYMMETRIC if scheme.asymmetric else _SYMMETRIC
 
 
 def _blocks(plan: Plan) -> str:

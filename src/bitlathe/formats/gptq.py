@@ -117,13 +117,13 @@ def facts_of(scheme: Scheme) -> dict[str, Any]:
     return {"bits": bits_of_codes(scheme), "group_size": scheme.block[1] or -1, "sym": not scheme.asymmetric}
 
 
-def scheme_of(facts: Mapping[str, Any], format_name: str) -> Scheme:
+def scheme_of(facts: Mapping[str, Any], format_name: str, widths: tuple[int, ...] = WIDTHS) -> Scheme:
     """The inverse of `facts_of`. Raises FormatError for a width or a group that is not read."""
     bits, size, sym = facts.get("bits"), facts.get("group_size"), facts.get("sym", True)
-    if bits not in WIDTHS or not isinstance(size, int) or not isinstance(sym, bool) or size == 0 or size < -1:
+    if bits not in widths or not isinstance(size, int) or not isinstance(sym, bool) or size == 0 or size < -1:
         raise FormatError(
             f"{format_name} with bits {bits!r}, group_size {size!r}, sym {sym!r} is not read here: bits are one of "
-            f"{', '.join(map(str, WIDTHS))}, a group is a number of inputs or -1. Load it with the program that made it"
+            f"{', '.join(map(str, widths))}, a group is a number of inputs or -1. Load it with the program that made it"
         )
     block = (1, 0 if size == -1 else size)
     return Scheme(grid=f"INT{bits}", block=block, scale=Scheme(grid="FP16"), asymmetric=not sym)

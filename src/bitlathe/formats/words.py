@@ -12,7 +12,7 @@ Symmetric codes are stored with the middle of the grid added.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,10 +23,21 @@ from bitlathe.numerics.bits import pack, unpack
 from bitlathe.numerics.project import QuantTensor
 from bitlathe.numerics.scheme import GRIDS, Scheme
 
-Words = Literal["V1", "V2", "AWQ"]
-V1: Words = "V1"
-V2: Words = "V2"
-AWQ: Words = "AWQ"
+
+@dataclass(frozen=True)
+class Words:
+    """A layout. less: what stored zero points are less by. across: both are packed along the outputs, as AWQ has it. indexed:
+    the
+    group of every input is stored too."""
+
+    less: int = 0
+    across: bool = False
+    indexed: bool = False
+
+
+V1 = Words(less=1, indexed=True)
+V2 = Words(indexed=True)
+AWQ = Words(across=True)
 
 WORD = 32  # bits
 WIDTHS = (2, 3, 4, 8)  # that readers have kernels for
@@ -65,29 +76,29 @@ def layout_of(scheme: Scheme, shape: tuple[int, int], words: Words) -> Layout:
     """Name, dtype and shape of what `encode` gives for a weight of `shape`, [outputs, inputs]."""
     rows, columns = shape
     groups, share = scheme.blocks(shape)[1], bits_of_codes(scheme)
-    packed = (columns, rows * share // WORD) if words == AWQ else (columns * share // WORD, rows)
+    packed = (columns, rows * share // WORD) if words.across else (columns * share // WORD, rows)
     stored: Layout = {
         "qweight": (torch.int32, packed),
         "qzeros": (torch.int32, (groups, rows * share // WORD)),
         "scales": (torch.float16, (groups, rows)),
     }
-    return stored if words == AWQ else stored | {"g_idx": (torch.int32, (columns,))}
+    return stored | {"g_idx": (torch.int32, (columns,))} if words.indexed else stored
 
 
 def encode(q: QuantTensor, words: Words) -> dict[str, Tensor]:
     """The words of a weight [outputs, inputs]."""
     bits, middle = bits_of_codes(q.scheme), 2 ** (bits_of_codes(q.scheme) - 1)
-    assert q.scale is not None and (words != V1 or q.zero is None)
+    assert q.scale is not None and (not words.less or q.zero is None)
     scales = q.scale.codes.T.contiguous()
     if q.zero is None:
         codes = q.codes.view(torch.uint8) + middle  # wraps, so that the lowest code becomes 0
-        zeros = torch.full(scales.shape, middle - (words == V1), dtype=torch.uint8, device=scales.device)
+        zeros = torch.full(scales.shape, middle - words.less, dtype=torch.uint8, device=scales.device)
     else:
         codes, zeros = q.codes, q.zero.T.contiguous()
-    if words == AWQ:
+    if words.across:
         return {"qweight": _pack(_ordered(codes.T, ORDER), 4), "qzeros": _pack(_ordered(zeros, ORDER), 4), "scales": scales}
     tensors = {"qweight": _pack(codes, bits).T.contiguous(), "qzeros": _pack(zeros, bits), "scales": scales}
-    return tensors | {"g_idx": _groups(q.scheme, q.shape)}
+    return tensors | {"g_idx": _groups(q.scheme, q.shape)} if words.indexed else tensors
 
 
 def decode(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], words: Words) -> QuantTensor:
@@ -97,12 +108,12 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
     found = {name: take(tensors, name, *place) for name, place in layout_of(scheme, shape, words).items()}
     rows, columns = shape
     bits, middle = bits_of_codes(scheme), 2 ** (bits_of_codes(scheme) - 1)
-    if words == AWQ:
+    if words.across:
         inverse = tuple(ORDER.index(column) for column in range(len(ORDER)))
         codes = _ordered(_unpack(found["qweight"], 4, rows), inverse).T
         zeros = _ordered(_unpack(found["qzeros"], 4, rows), inverse)
     else:
-        if not torch.equal(found["g_idx"], _groups(scheme, shape).to(found["g_idx"].device)):
+        if words.indexed and not torch.equal(found["g_idx"], _groups(scheme, shape).to(found["g_idx"].device)):
             raise CheckpointError(
                 "its groups are not of inputs that follow each other (it was made with desc_act), which no scheme here says. "
                 "Make it anew with desc_act off, or with static groups"
@@ -112,7 +123,7 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
     zero = None
     if scheme.asymmetric:
         zero = zeros.T.contiguous()
-    elif not bool((zeros == middle - (words == V1)).all()):
+    elif not bool((zeros == middle - words.less).all()):
         raise CheckpointError(
             "its configuration says that it is symmetric, and its zero points are not the middle of the grid. The file does "
             "not belong to this config.json: fetch the folder again"

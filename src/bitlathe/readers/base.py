@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Opened(Protocol):
     """A folder as a reader sees it."""
 
-    def weight(self, linear: str) -> Tensor | None:
-        """The weight [outputs, inputs] that a linear multiplies by, in the dtype that the reader holds it in; None where it
+    def weight(self, linear: str, inputs: int) -> Tensor | None:
+        """The weight [outputs, `inputs`] that a linear multiplies by, in the dtype that the reader holds it in; None where it
         does not show it."""
         ...
 
@@ -28,16 +28,14 @@ class OpenedModel:
         self.model = model.eval()
 
     @torch.no_grad()
-    def weight(self, linear: str) -> Tensor | None:
+    def weight(self, linear: str, inputs: int) -> Tensor | None:
         """See `Opened`. Of a module that holds codes, what it makes of the identity: 1 * w + 0 + ... is w in any dtype."""
         module = self.model.get_submodule(linear)
         weight = dict(module.named_parameters(recurse=False)).get("weight")
         if weight is not None and weight.is_floating_point() and weight.ndim == 2 and weight.element_size() > 1:
             return weight.detach()
-        identity = torch.eye(module.in_features, dtype=self.model.dtype, device=self.model.device)
-        out = module(identity)
-        bias = dict(module.named_parameters(recurse=False)).get("bias", dict(module.named_buffers(recurse=False)).get("bias"))
-        return (out - bias if isinstance(bias, Tensor) and not isinstance(module, nn.Identity) else out).T.contiguous()
+        identity, nothing = torch.eye(inputs, dtype=self.model.dtype), torch.zeros(1, inputs, dtype=self.model.dtype)
+        return (module(identity) - module(nothing)).T.contiguous()  # less its bias
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor | None:
