@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bitlathe.formats import CONFIG_KEYS
 from bitlathe.formats.base import Format
 from bitlathe.formats.ct_experts import read_alone
 from bitlathe.io.checkpoint import CONFIG
@@ -55,7 +56,7 @@ def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, second
         config["tie_word_embeddings"] = False
     quantization = format.config(ready.plan)
     if quantization is not None:
-        config["quantization_config"] = quantization
+        config |= dict.fromkeys(("quantization_config", *CONFIG_KEYS.get(name, ())), quantization)
     sizes = sizes_of(writer.header(name), ready.skeleton.matrices(ready.plan.quantized), ready.plan.quantized)
     sizes.pop("linears")  # `inspect` reads them off the files
     plan = ready.plan.model_dump(mode="json")

@@ -4,6 +4,10 @@ FORMATS: dict[str, str] = {
     "native": "bitlathe.formats.native:Native",
     "compressed-tensors": "bitlathe.formats.compressed_tensors:CompressedTensors",
     "dense": "bitlathe.formats.dense:Dense",
+    "mlx": "bitlathe.formats.mlx:Mlx",
 }
+
+# Where config.json holds a format's configuration beside "quantization_config".
+CONFIG_KEYS: dict[str, tuple[str, ...]] = {"mlx": ("quantization",)}
 
 ALIASES: dict[str, str] = {"fake": "dense"}

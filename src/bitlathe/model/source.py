@@ -18,7 +18,7 @@ from bitlathe.plan import LayerPlan
 from bitlathe.registry import resolve
 
 # quant_method of config.json -> format that reads it
-_METHODS: dict[str, str] = {"bitlathe": "native", "compressed-tensors": "compressed-tensors"}
+_METHODS: dict[str, str] = {"bitlathe": "native", "compressed-tensors": "compressed-tensors", "mlx": "mlx"}
 
 _LONG: dict[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -75,7 +75,8 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 def _format_of(quantization: dict[str, Any], checkpoint: Checkpoint) -> Format:
-    method = quantization.get("quant_method")
+    # mlx-lm writes no name, only the groups and widths.
+    method = quantization.get("quant_method", "mlx" if {"group_size", "bits"} <= quantization.keys() else None)
     if method not in _METHODS:
         raise CheckpointError(
             f"{checkpoint.path} is quantized already, by the method {method!r}, which is not read here "
