@@ -11,6 +11,7 @@ from torch import Tensor
 from bitlathe.formats.base import Format, QuantLayer
 from bitlathe.formats.compressed_tensors import CompressedTensors
 from bitlathe.formats.dense import Dense
+from bitlathe.formats.mlx import Mlx
 from bitlathe.formats.native import Native
 from bitlathe.numerics.activation import StaticScale, static_scale
 from bitlathe.numerics.project import QuantTensor, quantize
@@ -20,7 +21,10 @@ from bitlathe.plan import LayerPlan, Plan
 
 Dtype = Literal["bf16", "fp16"]
 ROWS, COLUMNS = 160, 256  # the last block of 128 rows is ragged
-HELD: dict[str, Format] = {"native": Native(), "compressed-tensors": CompressedTensors()}
+# Formats of every scheme, and formats of a few.
+WIDE: dict[str, Format] = {"native": Native(), "compressed-tensors": CompressedTensors()}
+NARROW: dict[str, Format] = {"mlx": Mlx()}
+HELD = WIDE | NARROW
 WRITTEN: dict[str, Format] = HELD | {"dense": Dense()}  # codes do not come back from all of them
 INT8 = SCHEMES["W8A16_CHANNEL"]
 

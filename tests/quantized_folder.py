@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.llama import LlamaConfig
 
+from bitlathe.formats import CONFIG_KEYS
 from bitlathe.formats.base import Format, QuantLayer
 from bitlathe.numerics.project import dequantize, quantize
 from bitlathe.numerics.scheme import Scheme
@@ -82,6 +83,6 @@ def make(folder: Path, format: Format, model: PreTrainedModel, plan: Plan) -> Ma
         "dtype": {"bf16": "bfloat16", "fp16": "float16"}[plan.dtype],
     }
     if (quantization := format.config(plan)) is not None:
-        config["quantization_config"] = quantization
+        config |= dict.fromkeys(("quantization_config", *CONFIG_KEYS.get(format.name, ())), quantization)
     (folder / "config.json").write_text(json.dumps(config))
     return Made(folder, plan, weights, model(TOKENS).logits)

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bitlathe.formats import CONFIG_KEYS
 from bitlathe.formats.base import Format
 from bitlathe.formats.ct_experts import read_alone
 from bitlathe.io.checkpoint import CONFIG, Checkpoint
@@ -83,7 +84,7 @@ def files_of(
         config["tie_word_embeddings"] = False
     quantization = format.config(plan)
     if quantization is not None:
-        config["quantization_config"] = quantization
+        config |= dict.fromkeys(("quantization_config", *CONFIG_KEYS.get(format.name, ())), quantization)
     sizes = sizes_of(writer.header(format.name), skeleton.matrices(plan.quantized), plan.quantized)
     sizes.pop("linears")  # `inspect` reads them off the files
     dumped = plan.model_dump(mode="json")

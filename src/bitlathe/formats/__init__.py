@@ -7,6 +7,10 @@ FORMATS: dict[str, str] = {
     "awq": "bitlathe.formats.awq:Awq",
     "auto-round": "bitlathe.formats.auto_round:AutoRound",
     "dense": "bitlathe.formats.dense:Dense",
+    "mlx": "bitlathe.formats.mlx:Mlx",
 }
+
+# Where config.json holds a format's configuration beside "quantization_config".
+CONFIG_KEYS: dict[str, tuple[str, ...]] = {"mlx": ("quantization",)}
 
 ALIASES: dict[str, str] = {"fake": "dense"}

@@ -7,6 +7,7 @@ GPTQ.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -69,6 +70,10 @@ class Awq:
             "group_size": facts["group_size"],
             "zero_point": True,
             "modules_to_not_convert": [name for name, row in plan.linears.items() if row.weight is None],
+            # GPTQModel reads what is kept here, and not there.
+            "dynamic": {
+                f"-:^{re.escape(name)}$": {} for name, row in plan.linears.items() if row.weight is None and name not in HEADS
+            },
         }
 
     def parse(self, config: Mapping[str, Any], linears: list[str]) -> Plan:

@@ -24,6 +24,7 @@ _METHODS: dict[str, str] = {
     "gptq": "gptq",
     "awq": "awq",
     "auto-round": "auto-round",
+    "mlx": "mlx",
 }
 
 _LONG: dict[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -81,7 +82,8 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 def _format_of(quantization: dict[str, Any], checkpoint: Checkpoint) -> Format:
-    method = quantization.get("quant_method")
+    # mlx-lm writes no name, only the groups and widths.
+    method = quantization.get("quant_method", "mlx" if {"group_size", "bits"} <= quantization.keys() else None)
     if method not in _METHODS:
         raise CheckpointError(
             f"{checkpoint.path} is quantized already, by the method {method!r}, which is not read here "
