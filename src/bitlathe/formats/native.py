@@ -7,7 +7,7 @@ their bit patterns as int16 and int32, because loaders cast floats to the dtype 
 `input_zero` are one number each, what is static of the linear's activations.
 
 The configuration is the plan, each of its different rows once. Its format_version is the least that says the plan: 1 says
-schemes of weights, 2 adds activations, rotations, and the scheme of a cache, 3 scales and minima that are integers.
+schemes of weights, 2 adds activations, rotations, and the scheme of a cache.
 
 A loader that does not know the quant_method must not run the model. transformers only warns about one it does not know, and
 fills weights it does not find with random numbers; but it stops at a `weight` of another shape than the linear's. So the codes
@@ -35,7 +35,7 @@ from bitlathe.numerics.scheme import GRIDS, Grid, Scheme, static
 from bitlathe.plan import LayerPlan, Plan
 
 METHOD = "bitlathe"
-VERSIONS = (1, 2, 3)
+VERSIONS = (1, 2)
 
 # Grids whose codes are machine words: dtype of the codes in memory, dtype of the same bits in the file.
 WORDS: dict[str, tuple[torch.dtype, torch.dtype]] = {
@@ -43,7 +43,6 @@ WORDS: dict[str, tuple[torch.dtype, torch.dtype]] = {
     "E8M0": (torch.uint8, torch.uint8),
     "BF16": (torch.bfloat16, torch.int16),
     "FP16": (torch.float16, torch.int16),
-    "F16": (torch.float16, torch.int16),
     "FP32": (torch.float32, torch.int32),
 }
 
@@ -135,7 +134,7 @@ class Native:
         more = plan.rotations or plan.kv or plan.untied or any(row != LayerPlan(weight=row.weight) for row in groups)
         return {
             "quant_method": METHOD,
-            "format_version": VERSIONS[2 if any(map(_ggml, groups)) else 1 if more else 0],
+            "format_version": VERSIONS[1 if more else 0],
             "dtype": plan.dtype,
             "groups": [_group(row, names) for row, names in groups.items()],
             "kept": kept,
@@ -173,13 +172,6 @@ class Native:
         return plan.model_copy(update={"linears": {name: plan.linears[name] for name in linears}})
 
 
-def _ggml(row: LayerPlan) -> bool:
-    """Whether the weight of a row has minima, or scales that are integers."""
-    scheme = row.weight
-    scales = None if scheme is None or scheme.scale is None else GRIDS[scheme.scale.grid].kind
-    return scheme is not None and (scheme.minimum is not None or scales in ("int", "uint"))
-
-
 def _group(row: LayerPlan, names: list[str]) -> dict[str, Any]:
     """What a configuration says of a row's linears."""
     said = row.model_dump(mode="json", exclude_defaults=True)
@@ -195,11 +187,9 @@ def _static_word(row: LayerPlan) -> tuple[torch.dtype, torch.dtype]:
 
 def _encode(q: QuantTensor, name: str) -> dict[str, Tensor]:
     grid = GRIDS[q.scheme.grid]
-    tensors = {name: _stream(q.codes, grid, unsigned=q.scheme.unsigned)}
+    tensors = {name: _stream(q.codes, grid, asymmetric=q.scheme.asymmetric)}
     if q.zero is not None:
-        tensors[f"{name}_zero"] = _stream(q.zero, grid, unsigned=True)
-    if q.minimum is not None:
-        tensors |= _encode(q.minimum, f"{name}_minimum")
+        tensors[f"{name}_zero"] = _stream(q.zero, grid, asymmetric=True)
     return tensors | (_encode(q.scale, f"{name}_scale") if q.scale is not None else {})
 
 
@@ -208,8 +198,6 @@ def _layout(scheme: Scheme, shape: tuple[int, int], name: str) -> Layout:
     layout: Layout = {name: _place(grid, shape)}
     if scheme.asymmetric:
         layout[f"{name}_zero"] = _place(grid, blocks)
-    if scheme.minimum is not None:
-        layout |= _layout(scheme.minimum, blocks, f"{name}_minimum")
     return layout | (_layout(scheme.scale, blocks, f"{name}_scale") if scheme.scale is not None else {})
 
 
@@ -227,27 +215,26 @@ def _decode(tensors: Mapping[str, Tensor], name: str, scheme: Scheme, shape: tup
     return QuantTensor(
         scheme=scheme,
         shape=shape,
-        codes=_codes(tensors, name, grid, shape, unsigned=scheme.unsigned),
+        codes=_codes(tensors, name, grid, shape, asymmetric=scheme.asymmetric),
         scale=None if scheme.scale is None else _decode(tensors, f"{name}_scale", scheme.scale, blocks),
-        zero=_codes(tensors, f"{name}_zero", grid, blocks, unsigned=True) if scheme.asymmetric else None,
-        minimum=None if scheme.minimum is None else _decode(tensors, f"{name}_minimum", scheme.minimum, blocks),
+        zero=_codes(tensors, f"{name}_zero", grid, blocks, asymmetric=True) if scheme.asymmetric else None,
     )
 
 
-def _stream(codes: Tensor, grid: Grid, *, unsigned: bool) -> Tensor:
+def _stream(codes: Tensor, grid: Grid, *, asymmetric: bool) -> Tensor:
     """Codes [rows, columns] as they lie in the file, flat."""
     if grid.name in WORDS:
         return codes.contiguous().view(WORDS[grid.name][1]).flatten()
-    if grid.kind == "int" and not unsigned:
+    if grid.kind == "int" and not asymmetric:
         codes = codes.view(torch.uint8) + 2 ** (grid.bits - 1)  # wraps, so that -2^(bits-1) becomes 0
     return pack(codes, grid.bits).flatten()
 
 
-def _codes(tensors: Mapping[str, Tensor], name: str, grid: Grid, shape: tuple[int, int], *, unsigned: bool) -> Tensor:
+def _codes(tensors: Mapping[str, Tensor], name: str, grid: Grid, shape: tuple[int, int], *, asymmetric: bool) -> Tensor:
     stream = take(tensors, name, *_place(grid, shape))
     if grid.name in WORDS:
         return stream.view(WORDS[grid.name][0]).view(shape)
     codes = unpack(stream.view(shape[0], -1), grid.bits, columns=shape[1])
-    if grid.kind == "int" and not unsigned:
+    if grid.kind == "int" and not asymmetric:
         codes = (codes - 2 ** (grid.bits - 1)).view(torch.int8)
     return codes

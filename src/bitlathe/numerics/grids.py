@@ -21,8 +21,8 @@ _MANTISSA_WIDTH = 23
 
 # Mantissa bits, and the exponent of the smallest normal number. The 16-bit dtypes are rounded to like the others and not
 # by a cast there and back, which torch.compile leaves out.
-_FLOATS = {"E2M1": (1, 0), "E4M3": (3, -6), "BF16": (7, -126), "FP16": (10, -14), "F16": (10, -14)}
-_DTYPES = {"BF16": torch.bfloat16, "FP16": torch.float16, "F16": torch.float16, "FP32": torch.float32}
+_FLOATS = {"E2M1": (1, 0), "E4M3": (3, -6), "BF16": (7, -126), "FP16": (10, -14)}
+_DTYPES = {"BF16": torch.bfloat16, "FP16": torch.float16, "FP32": torch.float32}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 # E8M0 can say 2^-127, which is subnormal in bf16 and so is zero on hardware that flushes subnormals: not used.
@@ -31,11 +31,7 @@ _E8M0_LEAST = 2.0**-126
 # What a scale becomes that would round to zero: nothing is ever divided by zero, and a block of zeros stays one whatever
 # offsets are learned for it. The smallest normal number where there are enough of them. FP32 holds scales of scales: room
 # is left for the smallest E4M3 number below it.
-LEAST_SCALE = {
-    **{"BF16": 2.0**-126, "FP16": 2.0**-14, "F16": 2.0**-14, "FP32": 2.0**-100, "E4M3": 2.0**-9, "E8M0": _E8M0_LEAST},
-    # Integers, of scales that have a scale.
-    **{"UINT4": 1.0, "UINT6": 1.0, "INT6": 1.0, "INT8": 1.0},
-}
+LEAST_SCALE = {"BF16": 2.0**-126, "FP16": 2.0**-14, "FP32": 2.0**-100, "E4M3": 2.0**-9, "E8M0": _E8M0_LEAST}
 
 
 def limits(grid: Grid, *, unsigned: bool = False) -> tuple[float, float]:
@@ -44,11 +40,7 @@ def limits(grid: Grid, *, unsigned: bool = False) -> tuple[float, float]:
         return _E8M0_LEAST, grid.maximum
     if grid.kind == "float":
         return -grid.maximum, grid.maximum
-    return (
-        (0.0, 2.0**grid.bits - 1)
-        if unsigned or grid.kind == "uint"
-        else (-(2.0 ** (grid.bits - 1)), 2.0 ** (grid.bits - 1) - 1)
-    )
+    return (0.0, 2.0**grid.bits - 1) if unsigned else (-(2.0 ** (grid.bits - 1)), 2.0 ** (grid.bits - 1) - 1)
 
 
 def step(x: Tensor, grid: Grid) -> Tensor:
@@ -64,7 +56,7 @@ def snap(x: Tensor, grid: Grid, *, unsigned: bool = False) -> Tensor:
     """
     low, high = limits(grid, unsigned=unsigned)
     x = x.clamp(low, high)
-    if grid.kind in ("int", "uint"):
+    if grid.kind == "int":
         return x.round_()
     if grid.kind == "exponent":
         return ((x.view(torch.int32) + _MANTISSA_BITS) & _EXPONENT_BITS).view(torch.float32)
@@ -80,8 +72,8 @@ def encode(x: Tensor, grid: Grid, *, unsigned: bool = False) -> Tensor:
     Integers: int8, or uint8 when unsigned. E2M1: uint8, the sign in bit 3 above the index of the magnitude. E4M3:
     float8_e4m3fn. E8M0: uint8, the exponent + 127. 16 and 32 bits: their own dtype.
     """
-    if grid.kind in ("int", "uint"):
-        return x.to(torch.uint8 if unsigned or grid.kind == "uint" else torch.int8)
+    if grid.kind == "int":
+        return x.to(torch.uint8 if unsigned else torch.int8)
     if grid.kind == "exponent":
         return (x.view(torch.int32) >> _MANTISSA_WIDTH).to(torch.uint8)
     if grid.name in _DTYPES:

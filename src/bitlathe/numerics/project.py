@@ -14,7 +14,7 @@ matrix [block rows, block columns]. Rounding is straight-through: its gradient i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil, log2
 from typing import Any
 
@@ -43,10 +43,6 @@ _WIDE_RANGE = (0.4, 1.25)
 _CODES_AWAY = [by for by in range(-8, 9) if by]
 _COARSE = 16
 
-# Integers of scale and minimum that are tried around those found, and how often.
-_STEPS = [(scale, minimum) for scale in (-2, -1, 0, 1, 2) for minimum in (-2, -1, 0, 1, 2) if scale or minimum]
-_PASSES = 2
-
 # Weights searched together: what a CPU's cache holds, what keeps a GPU busy.
 _AT_A_TIME = {"cpu": 1 << 18, "cuda": 1 << 24}
 
@@ -57,7 +53,7 @@ class QuantTensor:
 
     codes: [rows, columns]; int8 for a symmetric integer grid, uint8 for an asymmetric one, E2M1 (sign in bit 3) and E8M0
     (exponent + 127), float8_e4m3fn for E4M3, the dtype itself for 16 and 32 bits. scale: the matrix of scales, of shape
-    scheme.blocks(shape), or None. zero: uint8 zero points of the same shape, or None. minimum: the matrix of minima, or None.
+    scheme.blocks(shape), or None. zero: uint8 zero points of the same shape, or None.
     """
 
     scheme: Scheme
@@ -65,7 +61,6 @@ class QuantTensor:
     codes: Tensor
     scale: QuantTensor | None = None
     zero: Tensor | None = None
-    minimum: QuantTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,14 +79,12 @@ class Learned:
 
 @dataclass(frozen=True)
 class _Scales:
-    """value: float32 [blocks], differentiable. inner, outer: what is stored; value = inner * outer, an outer one being for the
-    tensor or, [blocks of scales], for a few. zero: float32 or None. minimum: of the blocks, likewise."""
+    """value: float32 [blocks], differentiable. inner, outer: what is stored; value = inner * outer. zero: float32 or None."""
 
     value: Tensor
     inner: Tensor
     outer: Tensor | None
     zero: Tensor | None
-    minimum: _Scales | None = None
 
 
 @dataclass(frozen=True)
@@ -149,13 +142,13 @@ def _leaf(scheme: Scheme) -> str:
 def _saturates(scheme: Scheme, dtype: torch.dtype) -> bool:
     """Whether a value of the scheme can exceed the dtype. Scales are chosen so that none exceeds bf16, nor fp16 if their grid
     is that (`_largest_scale`)."""
-    return dtype == torch.float16 and (_leaf(scheme) != "FP16" or scheme.minimum is not None)
+    return dtype == torch.float16 and _leaf(scheme) != "FP16"
 
 
 def _largest_scale(scheme: Scheme) -> float:
     """The largest scale whose product with every code is finite in the dtype of the scale, or bf16 for other grids."""
-    top = max(abs(limit) for limit in limits(GRIDS[scheme.grid], unsigned=scheme.unsigned))
-    return GRIDS["FP16" if _leaf(scheme) in ("FP16", "F16") else "BF16"].maximum / 2.0 ** ceil(log2(top))
+    top = max(abs(limit) for limit in limits(GRIDS[scheme.grid], unsigned=scheme.asymmetric))
+    return GRIDS["FP16" if _leaf(scheme) == "FP16" else "BF16"].maximum / 2.0 ** ceil(log2(top))
 
 
 def _scales(ends: tuple[Tensor, Tensor], scheme: Scheme, learned: Learned, peak: Tensor | None) -> _Scales:
@@ -163,8 +156,6 @@ def _scales(ends: tuple[Tensor, Tensor], scheme: Scheme, learned: Learned, peak:
     grid, low, high = GRIDS[scheme.grid], *ends
     if scheme.asymmetric:
         return _asymmetric(low, high, scheme, learned)
-    if scheme.minimum is not None:
-        return _from_minimum(low, high, scheme, learned)
     if grid.kind == "int":
         # Signed full range: the value of largest magnitude becomes -2^(b-1), so that every code is used.
         target = torch.where(high > -low, high, low) * -(2.0 ** (1 - grid.bits))
@@ -177,7 +168,7 @@ def _scales(ends: tuple[Tensor, Tensor], scheme: Scheme, learned: Learned, peak:
         target = target / (_CEILING[grid.name] if _leaf(scheme) == "E8M0" else grid.maximum)
     if learned.high is not None:
         target = target * learned.high
-    return _settle(target, scheme, None if peak is None or grid.kind == "int" else peak.float() / grid.maximum)
+    return _settle(target, scheme, None if peak is None else peak.float() / grid.maximum)
 
 
 def _asymmetric(low: Tensor, high: Tensor, scheme: Scheme, learned: Learned) -> _Scales:
@@ -192,55 +183,11 @@ def _asymmetric(low: Tensor, high: Tensor, scheme: Scheme, learned: Learned) -> 
     return _Scales(scales.value, scales.inner, None, _snap(zero, grid, unsigned=True))
 
 
-def _from_minimum(low: Tensor, high: Tensor, scheme: Scheme, learned: Learned) -> _Scales:
-    """Unsigned codes: low becomes 0 and high 2^b - 1, in steps from a minimum that is rounded first."""
-    stored, top = scheme.minimum, limits(GRIDS[scheme.grid], unsigned=True)[1]
-    assert stored is not None
-    low = low if learned.low is None else low * learned.low
-    high = high if learned.high is None else high * learned.high
-    if stored.scale is not None:
-        minimum = _settle_super(-low, stored, least=0.0)
-    else:
-        value = _snap(-low, GRIDS[stored.grid])
-        minimum = _Scales(value, value.detach(), None, None)
-    scales = _settle((high + minimum.value).clamp(min=0.0) / top, scheme, None)
-    return _Scales(scales.value, scales.inner, scales.outer, None, minimum)
-
-
-def _settle_super(target: Tensor, stored: Scheme, *, least: float) -> _Scales:
-    """Wanted scales, or minima, moved to integers that share a scale. least: what becomes of those that round to zero."""
-    grid = GRIDS[stored.grid]
-    assert stored.scale is not None
-    blocks = _cut(target, stored)
-    low, high = _ends(blocks)
-    if grid.kind == "uint":
-        wanted = high.clamp(min=0.0) / limits(grid)[1]
-    else:
-        wanted = torch.where(high > -low, high, low) * -(2.0 ** (1 - grid.bits))
-    outer = _snap(wanted, GRIDS[stored.scale.grid])
-    outer = torch.where(outer == 0, LEAST_SCALE[stored.scale.grid], outer)
-    inner = _snap(blocks / _spread(outer), grid)
-    inner = torch.where(inner == 0, least, inner)
-    shape = (target.shape[0], target.shape[1])
-    return _Scales(_join(inner * _spread(outer), shape), _join(inner.detach(), shape), outer.detach(), None)
-
-
-def _store(scales: _Scales, stored: Scheme, shape: tuple[int, int]) -> QuantTensor:
-    """Scales, or minima, [blocks] as they are stored."""
-    outer = None
-    if scales.outer is not None and stored.scale is not None:
-        above = stored.blocks(shape)
-        outer = QuantTensor(stored.scale, above, encode(scales.outer.reshape(above), GRIDS[stored.scale.grid]))
-    return QuantTensor(stored, shape, encode(scales.inner, GRIDS[stored.grid]), outer)
-
-
 def _settle(target: Tensor, scheme: Scheme, peak: Tensor | None) -> _Scales:
     """Wanted scales of `scheme` [blocks] moved to the grid they are stored on. peak: the largest that must be held."""
     stored = scheme.scale
     if stored is None:
         raise ValueError("a scheme without scales has none to settle")
-    if stored.scale is not None and GRIDS[stored.grid].kind in ("int", "uint"):
-        return _settle_super(target, stored, least=LEAST_SCALE[stored.grid])
     largest, outer = _largest_scale(scheme), None
     if stored.scale is not None:
         if peak is None or stored.block != (0, 0) or stored.scale.grid != "FP32":
@@ -264,7 +211,7 @@ def _round(
     if grid.kind == "int":
         exact = blocks / scale if offset is None else torch.addcdiv(offset, blocks, scale)
         exact.round_()
-        low, high = limits(grid, unsigned=scheme.unsigned)
+        low, high = limits(grid, unsigned=scheme.asymmetric)
         landed = exact.clamp(low, high) if zero is None else exact.clamp(low - zero, high - zero)
         return landed.add_(0.0), exact, None  # integer codes have no -0.0
     exact, spacing = blocks / scale, None
@@ -279,24 +226,14 @@ def _cast(x: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
 
 
 class _Project(Function):
-    """_round(blocks + minimum, ...) * scale - minimum, with the gradient in offset, scale, zero and minimum, straight through
-    the rounding.
+    """_round(blocks, ...) * scale, with the gradient in offset, scale and zero, straight through the rounding.
 
     One function with its own backward, because the tuning loop lives in it: a dozen passes over the weight in all. No pass
     mixes dtypes (not even with booleans), and few allocate: either costs a CPU more than the arithmetic.
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0913 what a weight is made of
-        ctx: Any,
-        blocks: Tensor,
-        offset: Tensor | None,
-        scale: Tensor,
-        zero: Tensor | None,
-        minimum: Tensor | None,
-        to: _Target,
-    ) -> Tensor:
-        blocks = blocks if minimum is None else blocks + minimum
+    def forward(ctx: Any, blocks: Tensor, offset: Tensor | None, scale: Tensor, zero: Tensor | None, to: _Target) -> Tensor:
         landed, exact, spacing = _round(blocks, scale, to.scheme, zero=zero, offset=offset)
         if any(ctx.needs_input_grad):
             grid = GRIDS[to.scheme.grid]
@@ -304,17 +241,15 @@ class _Project(Function):
             ctx.save_for_backward(blocks, scale, landed.mul_(scale), inside, spacing)
         else:
             landed.mul_(scale)
-        return _cast(landed if minimum is None else landed - minimum, to.scheme, to.dtype)
+        return _cast(landed, to.scheme, to.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         blocks, scale, value, inside, spacing = ctx.saved_tensors
-        _, wants_offset, wants_scale, wants_zero, wants_minimum, _ = ctx.needs_input_grad
+        _, wants_offset, wants_scale, wants_zero, _ = ctx.needs_input_grad
         grad = grads[0].float()
         through = grad * scale
         of_scale = of_zero = of_offset = None
-        # Where nothing was cut off, what is added before rounding is taken away after.
-        of_minimum = _sum((inside - 1).mul_(grad)) if wants_minimum else None
         if wants_zero:
             # Where something was cut off, the number landed on is a bound less the zero point.
             of_zero = -_sum(through)
@@ -326,7 +261,7 @@ class _Project(Function):
             of_scale = _sum(torch.addcmul(value, inside, blocks, value=-1).mul_(grad)) / scale
         if wants_offset:
             of_offset = through if spacing is None else through.mul_(spacing)
-        return None, of_offset, of_scale, of_zero, of_minimum, None
+        return None, of_offset, of_scale, of_zero, None
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -349,8 +284,7 @@ def fake_quantize(
     scales = _scales(_ends(blocks), scheme, learned, peak)
     offset = None if learned.offset is None else _cut(learned.offset, scheme)
     zero = None if scales.zero is None else _spread(scales.zero)
-    minimum = None if scales.minimum is None else _spread(scales.minimum.value)
-    out: Any = _Project.apply(blocks, offset, _spread(scales.value), zero, minimum, _Target(scheme, dtype))
+    out: Any = _Project.apply(blocks, offset, _spread(scales.value), zero, _Target(scheme, dtype))
     return _join(out, (w.shape[0], w.shape[1]))
 
 
@@ -376,17 +310,17 @@ def quantize(w: Tensor, scheme: Scheme, learned: Learned | None = None, peak: Te
     scales = _scales(_ends(blocks), scheme, learned, peak)
     offset = None if learned.offset is None else _cut(learned.offset.detach(), scheme)
     zero = None if scales.zero is None else _spread(scales.zero)
-    blocks = blocks if scales.minimum is None else blocks + _spread(scales.minimum.value)
     landed, _, _ = _round(blocks, _spread(scales.value), scheme, zero=zero, offset=offset)
     landed = landed if zero is None else landed + zero
-    sizes = scheme.blocks(shape)
+    outer = None
+    if scales.outer is not None and scheme.scale.scale is not None:
+        outer = QuantTensor(scheme.scale.scale, (1, 1), scales.outer.reshape(1, 1))
     return QuantTensor(
         scheme,
         shape,
-        _join(encode(landed, grid, unsigned=scheme.unsigned), shape),
-        _store(scales, scheme.scale, sizes),
+        _join(encode(landed, grid, unsigned=scheme.asymmetric), shape),
+        QuantTensor(scheme.scale, scheme.blocks(shape), encode(scales.inner, GRIDS[scheme.scale.grid]), outer),
         None if scales.zero is None else encode(scales.zero, grid, unsigned=True),
-        None if scales.minimum is None or scheme.minimum is None else _store(scales.minimum, scheme.minimum, sizes),
     )
 
 
@@ -399,10 +333,7 @@ def dequantize(q: QuantTensor, dtype: torch.dtype) -> Tensor:
     blocks = _cut(numbers, q.scheme)
     if q.zero is not None:
         blocks = blocks - _spread(q.zero.float())
-    blocks = blocks * _spread(dequantize(q.scale, torch.float32))
-    if q.minimum is not None:
-        blocks = blocks - _spread(dequantize(q.minimum, torch.float32))
-    return _join(_cast(blocks, q.scheme, dtype), q.shape)
+    return _join(_cast(blocks * _spread(dequantize(q.scale, torch.float32)), q.scheme, dtype), q.shape)
 
 
 @dataclass(frozen=True)
@@ -419,9 +350,8 @@ class _Part:
         """Weighted squared error of each block."""
         scales = _scales(self.ends, self.scheme, learned, self.peak)
         scale, zero = _spread(scales.value), None if scales.zero is None else _spread(scales.zero)
-        blocks = self.blocks if scales.minimum is None else self.blocks + _spread(scales.minimum.value)
-        landed, _, _ = _round(blocks, scale, self.scheme, zero=zero, offset=None)
-        return landed.mul_(scale).sub_(blocks).square_().mul_(self.importance).sum((1, 3))
+        landed, _, _ = _round(self.blocks, scale, self.scheme, zero=zero, offset=None)
+        return landed.mul_(scale).sub_(self.blocks).square_().mul_(self.importance).sum((1, 3))
 
     def code_neighbours(self) -> list[Tensor]:
         """Multiples of each block's range that move its E4M3 scale by 1 to 8 codes either way."""
@@ -449,7 +379,7 @@ def _factors(scheme: Scheme) -> list[list[tuple[float, float]]]:
     first, last = _RANGES.get(grid.bits, _WIDE_RANGE)
     spacing = (last / first) ** (1 / (_COARSE - 1))
     fine = [spacing**by for by in (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)]
-    if scheme.unsigned:
+    if scheme.asymmetric:
         return [
             [(factor, factor) for factor in _spaced(first, last, _COARSE)],
             [(factor, 1.0) for factor in fine],
@@ -467,7 +397,7 @@ def _search_part(part: _Part) -> tuple[Tensor, Tensor]:
     """Best multiples of the low and the high ends of each block."""
     low = high = torch.ones_like(part.ends[0])
     least = part.loss(Learned())
-    nested = part.scheme.scale is not None and part.scheme.scale.grid == "E4M3"
+    nested = part.scheme.scale is not None and part.scheme.scale.scale is not None
     rounds: Any = [[(1.0, factor) for factor in part.code_neighbours()]] if nested else _factors(part.scheme)
     for factors in rounds:
         start_low, start_high = low, high
@@ -500,60 +430,6 @@ def search(w: Tensor, scheme: Scheme, importance: Tensor | None = None, peak: Te
     for piece in w.split(rows):
         blocks = _cut(piece, scheme)
         part = _Part(scheme, blocks, _ends(blocks), weights.view(1, 1, *blocks.shape[2:]), peak)
-        free = _freed(scheme)
-        found.append(_search_part(part) if free is None else _search_super(part, free))
+        found.append(_search_part(part))
     low, high = (torch.cat(ends) for ends in zip(*found, strict=True))
-    return Learned(low=low if scheme.unsigned else None, high=high)
-
-
-def _freed(scheme: Scheme) -> Scheme | None:
-    """A scheme whose scales are integers that share a scale, with scales as they are; None for any other scheme."""
-    if scheme.scale is None or scheme.scale.scale is None or GRIDS[scheme.scale.grid].kind not in ("int", "uint"):
-        return None
-    free = Scheme(grid="FP32")
-    return scheme.model_copy(update={"scale": free, "minimum": scheme.minimum and free})
-
-
-def _search_super(part: _Part, free: Scheme) -> tuple[Tensor, Tensor]:
-    """Best multiples for scales that share a scale: those of scales of their own, and then steps of the integers that they
-    become, with what is shared as it is. Super-blocks that were better on the plain range go back to it."""
-    low, high = _search_part(replace(part, scheme=free))
-    least = part.loss(Learned(low=low, high=high))
-    for _ in range(_PASSES):
-        for by in _STEPS if part.scheme.minimum is not None else [(by, 0) for by in (-2, -1, 1, 2)]:
-            tried_low, tried_high = _stepped(part, low, high, by)
-            loss = part.loss(Learned(low=tried_low, high=tried_high))
-            better = loss < least
-            least = torch.where(better, loss, least)
-            low, high = torch.where(better, tried_low, low), torch.where(better, tried_high, high)
-    plain = part.loss(Learned())
-    assert part.scheme.scale is not None
-    worse = _cut(least, part.scheme.scale).sum((1, 3)) > _cut(plain, part.scheme.scale).sum((1, 3))
-    worse = worse.repeat_interleave(part.scheme.scale.block[1], 1)
-    return torch.where(worse, 1.0, low), torch.where(worse, 1.0, high)
-
-
-def _stepped(part: _Part, low: Tensor, high: Tensor, by: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Multiples that move the integers of scale and minimum by so many. The largest of a super-block stay: what is shared is
-    made from them."""
-    scheme, stored, (least, most) = part.scheme, part.scheme.scale, part.ends
-    scales = _scales(part.ends, scheme, Learned(low=low, high=high), None)
-    assert stored is not None
-    wanted = _moved(scales, stored, by[0])
-    if scheme.minimum is None or scales.minimum is None:
-        target = torch.where(most > -least, most, least) * -(2.0 ** (1 - GRIDS[scheme.grid].bits))
-        return low, torch.where(target != 0, wanted / target, high)
-    minimum = _moved(scales.minimum, scheme.minimum, by[1])
-    range_ = wanted * limits(GRIDS[scheme.grid], unsigned=True)[1]
-    fixed = (least >= 0) | (most == 0)
-    return torch.where(fixed, low, -minimum / least), torch.where(fixed, high, (range_ - minimum) / most)
-
-
-def _moved(scales: _Scales, stored: Scheme, by: int) -> Tensor:
-    """Scales with their integers moved by so many, but for the largest of each super-block."""
-    assert scales.outer is not None
-    shape = (scales.inner.shape[0], scales.inner.shape[1])
-    sizes = _cut(scales.inner.abs(), stored)
-    largest = _join(sizes == sizes.amax((1, 3), keepdim=True), shape)
-    integers = torch.where(largest, scales.inner, (scales.inner + by).clamp(*limits(GRIDS[stored.grid])))
-    return _join(_cut(integers, stored) * _spread(scales.outer), shape)
+    return Learned(low=low if scheme.asymmetric else None, high=high)

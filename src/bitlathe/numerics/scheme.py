@@ -20,15 +20,15 @@ from bitlathe.errors import RecipeError
 class Grid(BaseModel):
     """A finite set of numbers.
 
-    kind: "int" (two's complement, or unsigned with a zero point or a minimum), "uint" (from 0), "float" (a sign, an exponent, a
-    mantissa), "exponent" (powers of two). bits: width of one code. maximum: largest finite value of a float grid.
+    kind: "int" (two's complement, or unsigned with a zero point), "float" (a sign, an exponent, a mantissa), "exponent"
+    (powers of two). bits: width of one code. maximum: largest finite value of a float grid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     bits: int
-    kind: Literal["int", "uint", "float", "exponent"]
+    kind: Literal["int", "float", "exponent"]
     maximum: float = 0.0
 
 
@@ -36,14 +36,11 @@ GRIDS: dict[str, Grid] = {
     grid.name: grid
     for grid in (
         *(Grid(name=f"INT{bits}", bits=bits, kind="int") for bits in range(2, 9)),
-        *(Grid(name=f"UINT{bits}", bits=bits, kind="uint") for bits in (4, 6)),
         Grid(name="E2M1", bits=4, kind="float", maximum=6.0),  # OCP Microscaling Formats 1.0
         Grid(name="E4M3", bits=8, kind="float", maximum=448.0),  # OCP 8-bit floating point, the "fn" variant
         Grid(name="E8M0", bits=8, kind="exponent", maximum=2.0**127),  # OCP Microscaling Formats 1.0
         Grid(name="BF16", bits=16, kind="float", maximum=3.3895313892515355e38),
         Grid(name="FP16", bits=16, kind="float", maximum=65504.0),
-        # The half precision of a file format that has it whatever the model's dtype is, by the name it has in GGUF.
-        Grid(name="F16", bits=16, kind="float", maximum=65504.0),
         Grid(name="FP32", bits=32, kind="float", maximum=3.4028234663852886e38),
     )
 }
@@ -55,8 +52,7 @@ class Scheme(BaseModel):
     grid: name in GRIDS. block: (rows, columns) that share one scale; 0 means the whole extent, so (1, 128) is groups of 128
     inputs, (1, 0) one scale a row, (0, 0) one a tensor, (128, 128) square blocks (the last may be ragged in rows, never in
     columns). scale: the scheme of the matrix of scales [ceil(rows / block rows), columns / block columns]; None for values
-    stored as they are. asymmetric: an unsigned integer zero point of the grid's width beside each scale. minimum: the scheme of
-    a matrix of minima of the same shape as the scales; codes are unsigned, and a value is code * scale - minimum.
+    stored as they are. asymmetric: an unsigned integer zero point of the grid's width beside each scale.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,7 +61,6 @@ class Scheme(BaseModel):
     block: tuple[int, int] = (1, 1)
     scale: Scheme | None = None
     asymmetric: bool = False
-    minimum: Scheme | None = None
 
     @field_validator("grid")
     @classmethod
@@ -78,9 +73,7 @@ class Scheme(BaseModel):
     def _sound(self) -> Scheme:
         if self.asymmetric and (GRIDS[self.grid].kind != "int" or self.scale is None):
             raise ValueError("only an integer grid with scales can be asymmetric")
-        if self.minimum is not None and (GRIDS[self.grid].kind != "int" or self.scale is None or self.asymmetric):
-            raise ValueError("only an integer grid with scales and without zero points has minima")
-        if GRIDS[self.grid].kind in ("int", "uint") and self.scale is None:
+        if GRIDS[self.grid].kind == "int" and self.scale is None:
             raise ValueError("an integer grid needs a scale")
         return self
 
@@ -95,31 +88,16 @@ class Scheme(BaseModel):
         if self.scale is not None:
             blocks = self.blocks(shape)
             total += self.scale.bits(blocks) + (blocks[0] * blocks[1] * width if self.asymmetric else 0)
-            total += self.minimum.bits(blocks) if self.minimum is not None else 0
         return total
 
     def fits(self, shape: tuple[int, int]) -> bool:
-        """Whether the blocks, and blocks of scales, divide the inputs (columns) of a matrix of `shape`."""
-        if self.block[1] != 0 and shape[1] % self.block[1] != 0:
-            return False
-        return all(part is None or part.fits(self.blocks(shape)) for part in (self.scale, self.minimum))
-
-    @property
-    def unsigned(self) -> bool:
-        """Whether codes of an integer grid count from 0: they have a zero point or a minimum."""
-        return self.asymmetric or self.minimum is not None
-
-    @property
-    def whole(self) -> int:
-        """How many inputs (columns) have to come together: those of a super-block, where scales have scales."""
-        inner = self.scale.block[1] if self.scale is not None and self.scale.scale is not None else 1
-        return self.block[1] * (inner or 1)
+        """Whether the blocks divide the inputs (columns) of a matrix of `shape`."""
+        return self.block[1] == 0 or shape[1] % self.block[1] == 0
 
     def served_in(self, dtype: str) -> Scheme:
         """The same scheme with its 16-bit scales in `dtype`, "bf16" or "fp16": the dtype a reader will hold them in."""
         grid = {"BF16": dtype.upper(), "FP16": dtype.upper()}.get(self.grid, self.grid)
-        parts = {"scale": self.scale and self.scale.served_in(dtype), "minimum": self.minimum and self.minimum.served_in(dtype)}
-        return self.model_copy(update={"grid": grid, **parts})
+        return self.model_copy(update={"grid": grid, "scale": self.scale and self.scale.served_in(dtype)})
 
 
 _SCALE = Scheme(grid="BF16")
@@ -128,28 +106,6 @@ _SCALE = Scheme(grid="BF16")
 def _integer(bits: int, columns: int, *, asymmetric: bool) -> Scheme:
     return Scheme(grid=f"INT{bits}", block=(1, columns), scale=_SCALE, asymmetric=asymmetric)
 
-
-_F16 = Scheme(grid="F16")
-
-
-def _super(grid: str, blocks: int) -> Scheme:
-    """Scales, or minima, that themselves have a scale in half precision for so many of them."""
-    return Scheme(grid=grid, block=(1, blocks), scale=_F16)
-
-
-# The block formats of ggml (ggml-common.h of llama.cpp), by the names they have there.
-_GGML: dict[str, Scheme] = {
-    "Q4_0": Scheme(grid="INT4", block=(1, 32), scale=_F16),
-    "Q4_1": Scheme(grid="INT4", block=(1, 32), scale=_F16, minimum=_F16),
-    "Q5_0": Scheme(grid="INT5", block=(1, 32), scale=_F16),
-    "Q5_1": Scheme(grid="INT5", block=(1, 32), scale=_F16, minimum=_F16),
-    "Q8_0": Scheme(grid="INT8", block=(1, 32), scale=_F16),
-    "Q2_K": Scheme(grid="INT2", block=(1, 16), scale=_super("UINT4", 16), minimum=_super("UINT4", 16)),
-    "Q3_K": Scheme(grid="INT3", block=(1, 16), scale=_super("INT6", 16)),
-    "Q4_K": Scheme(grid="INT4", block=(1, 32), scale=_super("UINT6", 8), minimum=_super("UINT6", 8)),
-    "Q5_K": Scheme(grid="INT5", block=(1, 32), scale=_super("UINT6", 8), minimum=_super("UINT6", 8)),
-    "Q6_K": Scheme(grid="INT6", block=(1, 16), scale=_super("INT8", 16)),
-}
 
 # The names users type. A group of 128 is what a plain name means; "_CHANNEL" is one scale a row.
 SCHEMES: dict[str, Scheme] = {
@@ -164,7 +120,6 @@ SCHEMES: dict[str, Scheme] = {
     "MXFP4A16": Scheme(grid="E2M1", block=(1, 32), scale=Scheme(grid="E8M0")),
     "MXFP8A16": Scheme(grid="E4M3", block=(1, 32), scale=Scheme(grid="E8M0")),
     "NVFP4A16": Scheme(grid="E2M1", block=(1, 16), scale=Scheme(grid="E4M3", block=(0, 0), scale=Scheme(grid="FP32"))),
-    **_GGML,
 }
 
 
