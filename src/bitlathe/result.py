@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bitlathe.formats.base import Format
+from bitlathe.formats.base import Format, Source
 from bitlathe.formats.ct_experts import read_alone
 from bitlathe.io.checkpoint import CONFIG
 from bitlathe.io.writer import REPORT, TOOL, Writer
@@ -25,7 +26,12 @@ def finish(ready: Prepared, writer: Writer, *, seconds: float) -> None:
     results: dict[str, tuple[Path | None, dict[str, bytes]]] = {CODES: (None, {})}
     for name, format in ready.formats.items():
         results[name] = (_folder(ready, name), _files(ready, writer, name, format, seconds=seconds))
-    writer.finish(results)
+    files = {}
+    for name, format in ready.formats.items():
+        if format.container is not None:
+            source = Source(_config(ready, format), ready.weights.checkpoint.path, ready.plan)
+            files[name] = (format.container.file, partial(format.container.write, source=source))
+    writer.finish(results, files)
 
 
 def plan_of_finished(ready: Prepared) -> Plan:
@@ -46,16 +52,22 @@ def _calibration(ready: Prepared) -> dict[str, Any] | None:
     return {"text": ready.recipe.calib, "windows": windows, "seqlen": seqlen}
 
 
-def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, seconds: float) -> dict[str, bytes]:
-    """The small files of one result by name."""
+def _config(ready: Prepared, format: Format) -> dict[str, Any]:
+    """The config.json of the result in a format."""
     checkpoint = ready.weights.checkpoint
     config: dict[str, Any] = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "dtype")}
     config["dtype"] = _LONG[ready.plan.dtype]
     if ready.plan.untied:
         config["tie_word_embeddings"] = False
     quantization = format.config(ready.plan)
-    if quantization is not None:
-        config["quantization_config"] = quantization
+    return config if quantization is None else config | {"quantization_config": quantization}
+
+
+def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, seconds: float) -> dict[str, bytes]:
+    """The small files of one result by name."""
+    checkpoint = ready.weights.checkpoint
+    config = _config(ready, format)
+    quantization = config.get("quantization_config")
     sizes = sizes_of(writer.header(name), ready.skeleton.matrices(ready.plan.quantized), ready.plan.quantized)
     sizes.pop("linears")  # `inspect` reads them off the files
     plan = ready.plan.model_dump(mode="json")

@@ -3,6 +3,7 @@
 FORMATS: dict[str, str] = {
     "native": "bitlathe.formats.native:Native",
     "compressed-tensors": "bitlathe.formats.compressed_tensors:CompressedTensors",
+    "gguf": "bitlathe.formats.gguf:Gguf",
     "dense": "bitlathe.formats.dense:Dense",
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitlathe.arch import ARCHS
 from bitlathe.errors import FormatError
-from bitlathe.formats.base import QuantLayer
+from bitlathe.formats.base import Container, QuantLayer
 from bitlathe.formats.native import Native
 from bitlathe.formats.stored import some
 from bitlathe.numerics.activation import StaticScale
@@ -36,6 +36,7 @@ class Dense:
     """Dequantized weights, folded rotations included, and what happens to their inputs while a model runs."""
 
     name = "dense"
+    container: Container | None = None
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError for what happens to a cache, or to the input of a kept weight: no stream is there to say it."""

@@ -18,7 +18,7 @@ from bitlathe.plan import LayerPlan
 from bitlathe.registry import resolve
 
 # quant_method of config.json -> format that reads it
-_METHODS: dict[str, str] = {"bitlathe": "native", "compressed-tensors": "compressed-tensors"}
+_METHODS: dict[str, str] = {"bitlathe": "native", "compressed-tensors": "compressed-tensors", "gguf": "gguf"}
 
 _LONG: dict[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
