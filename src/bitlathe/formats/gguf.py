@@ -31,14 +31,14 @@ class Gguf:
     container: Container | None = GgufFile()
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
-        """Raise FormatError for schemes that are not llama.cpp's, rows that are no whole blocks, and what happens to inputs or to
-        a cache. Fused linears may differ: llama.cpp runs each by itself."""
+        """Raise FormatError for schemes that are not llama.cpp's, rows that are no whole blocks, and what happens to inputs or
+        to a cache. Fused linears may differ: llama.cpp runs each by itself."""
         known = ", ".join(LLAMA_CPP)
         beyond = [name for name, row in plan.linears.items() if row.input is not None or row.online is not None]
         if beyond:
             raise FormatError(
-                f"gguf cannot hold what happens to the inputs of {some(beyond)}: llama.cpp neither rounds nor turns them as the "
-                "plan says. Take a scheme of weights alone and leave online rotations out, or write the native format"
+                f"gguf cannot hold what happens to the inputs of {some(beyond)}: llama.cpp neither rounds nor turns them as "
+                "the plan says. Take a scheme of weights alone and leave online rotations out, or write the native format"
             )
         if plan.kv is not None or any(rotation.space == "qk" for rotation in plan.rotations):
             raise FormatError(
@@ -48,8 +48,8 @@ class Gguf:
         strange = [name for name, scheme in plan.quantized.items() if type_of(scheme) is None]
         if strange:
             raise FormatError(
-                f"gguf cannot hold {name_of(plan.quantized[strange[0]])}, the scheme of {some(strange)}. Choose one of {known}, "
-                "or write another format"
+                f"gguf cannot hold {name_of(plan.quantized[strange[0]])}, the scheme of {some(strange)}. Choose one of {known}, or "
+                "write another format"
             )
         ragged = [name for name, scheme in plan.quantized.items() if name in shapes and not scheme.fits(shapes[name])]
         if ragged:

@@ -64,8 +64,8 @@ class GgufFile:
             wrong = "an MLP with biases"
         if wrong is not None:
             raise FormatError(
-                f"gguf: this program does not write {wrong}. Write the native format, or dense, which llama.cpp's own converter "
-                "reads"
+                f"gguf: this program does not write {wrong}. Write the native format, or dense, which llama.cpp's own "
+                "converter reads"
             )
         refuse_tokenizer(folder)
 

@@ -61,8 +61,8 @@ def refuse_tokenizer(folder: Path) -> None:
     kind = read.get("model", {}).get("type")
     if kind != "BPE" or (not read["model"].get("byte_fallback") and _split(read) is None):
         raise FormatError(
-            f"gguf: the tokenizer of {folder} ({kind}) is none that this program can write for llama.cpp: it knows byte-level BPE "
-            "as of Llama 3, Qwen 2 and GPT-2, and BPE with bytes to fall back to. Write the native format, or dense, which "
+            f"gguf: the tokenizer of {folder} ({kind}) is none that this program can write for llama.cpp: it knows byte-level "
+            "BPE as of Llama 3, Qwen 2 and GPT-2, and BPE with bytes to fall back to. Write the native format, or dense, which "
             "llama.cpp's own converter reads"
         )
 

@@ -77,7 +77,7 @@ def _name_of(stored: str) -> str | None:
 
 
 def heads_of(stored: str, family: str, heads: tuple[int, int]) -> int:
-    """How many heads a tensor has whose rows llama.cpp wants in its own order; 0 where they stay. heads: of queries, of keys."""
+    """How many heads a tensor has whose rows llama.cpp wants in its own order; 0 where they stay. heads: of queries, keys."""
     if family != "llama":
         return 0
     part = stored.rpartition(".")[0].rpartition(".")[2]
