@@ -67,7 +67,8 @@ class Recipe(BaseModel):
     """What is asked for; everything but `model` and `out` has a default.
 
     model: a folder, a Hub id, or "builtin". out: the folder of the result. scheme: the name of the scheme that every linear
-    gets, or of a mix of llama.cpp's, such as Q4_K_M. overrides: glob over full linear names -> scheme name or "keep"; the last that matches wins. linears: instead of both,
+    gets, or of a mix of llama.cpp's, such as Q4_K_M.
+    overrides: glob over full linear names -> scheme name or "keep"; the last that matches wins. linears: instead of both,
     every linear by its full name -> scheme name or "keep", as a search finds them. bits: instead of a scheme, average bits a
     weight: a search chooses for every linear one of `schemes` (names, or "keep"; by default some that suit bits and formats).
     include: globs over names or their last parts, of what joins it though it is kept unless asked for, the head and the

@@ -48,8 +48,8 @@ class Gguf:
         strange = [name for name, scheme in plan.quantized.items() if type_of(scheme) is None]
         if strange:
             raise FormatError(
-                f"gguf cannot hold {name_of(plan.quantized[strange[0]])}, the scheme of {some(strange)}. Choose one of {known}, or "
-                "write another format"
+                f"gguf cannot hold {name_of(plan.quantized[strange[0]])}, the scheme of {some(strange)}. Choose one "
+                f"of {known}, or write another format"
             )
         ragged = [name for name, scheme in plan.quantized.items() if name in shapes and not scheme.fits(shapes[name])]
         if ragged:

@@ -67,7 +67,7 @@ def stored_name(name: str) -> str | None:
     return f"{_OUTSIDE[module]}.{part}" if module in _OUTSIDE else None
 
 
-def _name_of(stored: str) -> str | None:
+def name_of(stored: str) -> str | None:
     """The inverse of `stored_name`."""
     module, _, part = stored.rpartition(".")
     names = {short: name for name, short in (_OUTSIDE | _INSIDE).items()}
@@ -104,7 +104,7 @@ def read_gguf(file: Path) -> dict[str, TensorInfo]:
     keys_ = values.get(f"{family}.attention.head_count_kv") or queries
     header = {}
     for stored, shape, kind, offset in rows:
-        name = _name_of(stored)
+        name = name_of(stored)
         if name is None:
             continue  # what is computed from config.json, such as the factors of rotary embeddings
         if kind not in _TYPES:
