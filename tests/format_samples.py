@@ -65,7 +65,8 @@ def facts(q: QuantTensor | StaticScale | None) -> object:
         return None
     if isinstance(q, StaticScale):
         return bits_of(q.scale), None if q.zero is None else bits_of(q.zero)
-    return q.scheme, tuple(q.shape), bits_of(q.codes), None if q.zero is None else bits_of(q.zero), facts(q.scale)
+    zero = None if q.zero is None else bits_of(q.zero)
+    return q.scheme, tuple(q.shape), bits_of(q.codes), zero, facts(q.scale), facts(q.minimum)
 
 
 def row_named(name: str, dtype: Dtype) -> LayerPlan:

@@ -18,7 +18,7 @@ FLOORS: list[set[str]] = [
     {"formats"},
     {"model"},  # loads checkpoints, so it knows formats, which must never know it
     {"tune", "evaluation", "autoscheme"},
-    {"recipe", "turns", "planning", "plan_file", "prepare", "starting", "searching", "result", "report", "pipeline"},
+    {"recipe", "mixes", "turns", "planning", "plan_file", "prepare", "starting", "searching", "result", "report", "pipeline"},
     {"__init__", "__main__", "cli", "options", "tables", "grid", "plot", "plotting", "progress", "demo", "hf"}
     | {"converting", "verifying", "readers"},
 ]

@@ -14,7 +14,7 @@ from bitlathe.registry import load
 
 README = Path(__file__).parent.parent / "README.md"
 TABLE = re.compile(r"(?<=<!-- table:schemes-formats -->\n).*?(?=<!-- /table)", re.DOTALL)
-INTEGER = re.compile(r"W(\d)(A16.*)")
+INTEGER = re.compile(r"([WQ])(\d)(A16.*|_[01K])")
 SHAPE = (256, 256)
 LINEAR = "model.layers.0.mlp.down_proj"
 R1 = Rotation(space="residual", block=256)
@@ -56,7 +56,7 @@ def table() -> str:
     rows: dict[str, dict[str, list[str]]] = {}
     for scheme in PRESETS:
         integer = INTEGER.fullmatch(scheme)
-        row, entry = (f"W*b*{integer[2]}", integer[1]) if integer else (scheme, "yes")
+        row, entry = (f"{integer[1]}*b*{integer[3]}", integer[2]) if integer else (scheme, "yes")
         cells = rows.setdefault(row, {format: [] for format in FORMATS})
         for format in FORMATS:
             if accepts(format, planned(scheme)):

@@ -29,7 +29,7 @@ from bitlathe.prepare import notes_on, refuse_nested
 from bitlathe.recipe import formats_named
 from bitlathe.registry import load
 from bitlathe.report import BlockReport, Listener, Note, own_report, peak_memory
-from bitlathe.result import files_of
+from bitlathe.result import containers_of, files_of
 from bitlathe.version import VERSION
 
 # Why a linear is in 16 bits, where the folder does not say it.
@@ -119,7 +119,7 @@ def convert(
             )
             for name, format in asked.formats.items()
         }
-        writer.finish(results)
+        writer.finish(results, containers_of(asked.weights.checkpoint, asked.plan, asked.formats.values()))
     return asked.plan
 
 
@@ -140,6 +140,8 @@ def _prepare(folder: str, out: Path, formats: str | Sequence[str]) -> _Conversio
     plan = Plan(**report["plan"]) if report else weights.plan
     for format in made.values():
         format.check(plan, skeleton.linears, skeleton.fused)
+        if format.container is not None:
+            format.container.refuse(checkpoint.config, checkpoint.path)
     return _Conversion(weights, weights.format, skeleton, plan, made, report, notes_on(plan, skeleton.arch, made))
 
 

@@ -250,13 +250,17 @@ def refuse_ragged(plan: Plan, shapes: Mapping[str, tuple[int, int]]) -> None:
     fitting = [
         name
         for name, other in served.items()
-        if other.weight is not None
-        and (other.weight.grid, other.weight.asymmetric, other.input) == (row.weight.grid, row.weight.asymmetric, row.input)
-        and all(other.fits(shapes[linear]) for linear in ragged)
+        if other.weight is not None and _kind(other) == _kind(row) and all(other.fits(shapes[linear]) for linear in ragged)
     ]
     instead = f"Of its kind these fit: {', '.join(fitting)}" if fitting else "No scheme of its kind fits"
     raise PlanError(
-        f"{name_of(row.weight, row.input)} puts {row.weight.block[1]} inputs under one scale, which does not divide the inputs "
+        f"{name_of(row.weight, row.input)} puts {row.weight.run} inputs under one scale, which does not divide the inputs "
         f"of {shown}{more}. {instead}. Choose {'one of them' if fitting else 'one of another kind'} for these linears with an "
         "override, or keep them in 16 bits"
     )
+
+
+def _kind(row: LayerPlan) -> tuple[object, ...]:
+    """What two rows that differ in the sizes of their blocks share."""
+    assert row.weight is not None
+    return row.weight.grid, row.weight.asymmetric, row.weight.reader_bound, row.input

@@ -13,6 +13,7 @@ from bitlathe.autoscheme.space import Space, space_of
 from bitlathe.errors import FormatError, PlanError
 from bitlathe.formats.base import Format
 from bitlathe.formats.native import Native
+from bitlathe.mixes import MIXES, expanded
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.numerics.scheme import GRIDS, KV_SCHEMES, name_of, preset_named
 from bitlathe.plan import KEEP, LayerPlan, Plan, explicit, refuse_ragged, resolve, rotated, with_inputs
@@ -30,6 +31,11 @@ def planned(recipe: Recipe, skeleton: Skeleton, dtype: Dtype) -> tuple[Plan, dic
     if recipe.linears:
         explicit(recipe.linears, skeleton.matrices(recipe.linears), skeleton.fused)
         recipe = recipe.model_copy(update={"overrides": _lines(recipe, skeleton)})
+    if recipe.scheme in MIXES and not recipe.linears:
+        shapes = skeleton.matrices({skeleton.arch.embed})
+        mix = expanded(recipe.scheme, skeleton.arch, shapes, depth=skeleton.depth, tied=_shared(recipe, skeleton))
+        overrides = {name: scheme for name, scheme in mix.items() if name not in recipe.overrides} | recipe.overrides
+        recipe = recipe.model_copy(update={"scheme": MIXES[recipe.scheme], "overrides": overrides})
     plan, reasons = _resolved(recipe, skeleton, dtype)
     refuse_ragged(plan, skeleton.matrices(plan.quantized))
     _refuse_undrawn(recipe, skeleton, plan)

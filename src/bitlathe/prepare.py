@@ -102,6 +102,8 @@ class Prepared:
         names = {f"{name}.weight" for name in rows}
         kept = sum(2 * prod(shape) for name, shape in self.skeleton.shapes.items() if name not in names)
         streams: list[Format] = [named(name, FORMATS, "format")() for name in self.streams]
+        # What becomes one file is there twice until that is whole.
+        streams += [stream for stream in streams if stream.container is not None]
         shapes = self.skeleton.matrices(rows)
         bits = sum(stream.bits(row, shapes[name]) for stream in streams for name, row in rows.items())
         return bits // 8 + len(streams) * kept + self._bytes_spilled()
@@ -160,6 +162,8 @@ def prepare_search(recipe: Recipe, budgets: Sequence[float]) -> Prepared:
     skeleton = skeleton.untie() if plan.untied else skeleton
     for format in formats.values():
         format.check(plan, skeleton.linears, skeleton.fused)
+        if format.container is not None:
+            format.container.refuse(checkpoint.config, checkpoint.path)
     ready = Prepared(recipe, skeleton, weights, plan, reasons, formats, tuner, Text(), (), space).planned(plan)
     reads = ready.text_streams or recipe.rotation_trials > 1 or space is not None
     text, told = _calibration(recipe, skeleton, checkpoint.path, searched=space is not None) if reads else (Text(), ())

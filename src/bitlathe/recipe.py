@@ -32,6 +32,7 @@ from bitlathe.autoscheme.options import SearchOptions
 from bitlathe.errors import RecipeError
 from bitlathe.formats import ALIASES, FORMATS
 from bitlathe.io.sizes import parse_size
+from bitlathe.mixes import mix_named
 from bitlathe.numerics.rotation import Rotation
 from bitlathe.numerics.scheme import KV_SCHEMES, canonical_name
 from bitlathe.plan import KEEP
@@ -66,7 +67,8 @@ class Recipe(BaseModel):
     """What is asked for; everything but `model` and `out` has a default.
 
     model: a folder, a Hub id, or "builtin". out: the folder of the result. scheme: the name of the scheme that every linear
-    gets. overrides: glob over full linear names -> scheme name or "keep"; the last that matches wins. linears: instead of both,
+    gets, or of a mix of llama.cpp's, such as Q4_K_M.
+    overrides: glob over full linear names -> scheme name or "keep"; the last that matches wins. linears: instead of both,
     every linear by its full name -> scheme name or "keep", as a search finds them. bits: instead of a scheme, average bits a
     weight: a search chooses for every linear one of `schemes` (names, or "keep"; by default some that suit bits and formats).
     include: globs over names or their last parts, of what joins it though it is kept unless asked for, the head and the
@@ -145,7 +147,7 @@ class Recipe(BaseModel):
     @field_validator("scheme")
     @classmethod
     def _scheme(cls, name: str) -> str:
-        return _known_scheme(name)
+        return mix_named(name) or _known_scheme(name)
 
     @field_validator("schemes", mode="before")
     @classmethod

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from bitlathe.formats import CONFIG_KEYS
-from bitlathe.formats.base import Format
+from bitlathe.formats.base import Format, Source
 from bitlathe.formats.ct_experts import read_alone
 from bitlathe.io.checkpoint import CONFIG, Checkpoint
 from bitlathe.io.writer import REPORT, TOOL, Writer
@@ -29,7 +30,7 @@ def finish(ready: Prepared, writer: Writer, *, seconds: float) -> None:
     results: dict[str, tuple[Path | None, dict[str, bytes]]] = {CODES: (None, {})}
     for name, format in ready.formats.items():
         results[name] = (_folder(ready, name), _files(ready, writer, name, format, seconds=seconds))
-    writer.finish(results)
+    writer.finish(results, containers_of(ready.weights.checkpoint, ready.plan, ready.formats.values()))
 
 
 def plan_of_finished(ready: Prepared) -> Plan:
@@ -66,6 +67,30 @@ def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, second
     return files_of(checkpoint, ready.skeleton, ready.plan, writer, format, said=said)
 
 
+def _config(checkpoint: Checkpoint, plan: Plan, format: Format) -> dict[str, Any]:
+    """The config.json of a result in a format. checkpoint: what it was made from, whose configuration it takes over."""
+    left = ("torch_dtype", "dtype", "quantization_config", "quantization")
+    config = {key: value for key, value in checkpoint.config.items() if key not in left}
+    config["dtype"] = _LONG[plan.dtype]
+    if plan.untied:
+        config["tie_word_embeddings"] = False
+    quantization = format.config(plan)
+    keys = ("quantization_config", *CONFIG_KEYS.get(format.name, ()))
+    return config if quantization is None else config | dict.fromkeys(keys, quantization)
+
+
+def containers_of(checkpoint: Checkpoint, plan: Plan, formats: Iterable[Format]) -> dict[str, tuple[str, Any]]:
+    """Format -> the one file that its shards become, and what writes it; for those that have one. See `Writer.finish`."""
+    return {
+        format.name: (
+            format.container.file,
+            partial(format.container.write, source=Source(_config(checkpoint, plan, format), checkpoint.path, plan)),
+        )
+        for format in formats
+        if format.container is not None
+    }
+
+
 def files_of(
     checkpoint: Checkpoint, skeleton: Skeleton, plan: Plan, writer: Writer, format: Format, *, said: Mapping[str, Any]
 ) -> dict[str, bytes]:
@@ -74,17 +99,8 @@ def files_of(
     checkpoint: what it was made from, whose configuration and tokenizer it takes over. said: what only whoever made it can say
     in report.json.
     """
-    config = {
-        key: value
-        for key, value in checkpoint.config.items()
-        if key not in ("torch_dtype", "dtype", "quantization_config", "quantization")
-    }
-    config["dtype"] = _LONG[plan.dtype]
-    if plan.untied:
-        config["tie_word_embeddings"] = False
-    quantization = format.config(plan)
-    if quantization is not None:
-        config |= dict.fromkeys(("quantization_config", *CONFIG_KEYS.get(format.name, ())), quantization)
+    config = _config(checkpoint, plan, format)
+    quantization = config.get("quantization_config")
     sizes = sizes_of(writer.header(format.name), skeleton.matrices(plan.quantized), plan.quantized)
     sizes.pop("linears")  # `inspect` reads them off the files
     dumped = plan.model_dump(mode="json")

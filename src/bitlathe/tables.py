@@ -149,7 +149,7 @@ def show_schemes(presets: Mapping[str, Preset]) -> None:
     )  # fmt: skip
     for name, preset in presets.items():
         weight, bits = preset.weight, preset.weight.bits(_TYPICAL) / (_TYPICAL[0] * _TYPICAL[1])
-        codes = f"{weight.grid}{' asymmetric' if weight.asymmetric else ''}"
+        codes = f"{weight.grid}{' asymmetric' if weight.asymmetric else ' and a minimum' if weight.minimum is not None else ''}"
         table.add_row(name, codes, _block(weight), f"{bits:.3f}", "" if preset.input is None else described(preset.input))
     _console().print(table)
 

@@ -16,7 +16,7 @@ from bitlathe.formats.dense import DTYPES, Dense
 from bitlathe.formats.native import Native
 from bitlathe.numerics.project import dequantize
 from bitlathe.numerics.rotation import Rotation
-from bitlathe.numerics.scheme import KV_SCHEMES, PRESETS, SCHEMES
+from bitlathe.numerics.scheme import KV_SCHEMES, LLAMA_CPP, PRESETS, SCHEMES
 from bitlathe.plan import LayerPlan, Plan
 from format_samples import (
     COLUMNS,
@@ -46,7 +46,8 @@ def accepted(format: Format) -> list[tuple[str, Dtype]]:
     ]
     if format.name in NARROW:
         return [pair for pair in bf16 + fp16 if holds(format, row_named(*pair), (256, 256), pair[1])]
-    return bf16 + [pair for pair in fp16 if format.name == "native" or not pair[0].startswith(BF16_ONLY)]
+    both = bf16 + [pair for pair in fp16 if format.name == "native" or not pair[0].startswith(BF16_ONLY)]
+    return [pair for pair in both if format.name == "native" or pair[0] not in LLAMA_CPP]
 
 
 def holds(format: Format, row: LayerPlan, shape: tuple[int, int], dtype: Dtype = "bf16") -> bool:
@@ -106,7 +107,7 @@ WHERE = [(format, name) for format in WRITTEN for name in PRESETS if format not 
 def test_bits_are_those_of_the_tensors(name: str, scheme: str) -> None:
     format, row = WRITTEN[name], row_named(scheme, "bf16")
     held = [shape for shape in SHAPES if holds(format, row, shape)]
-    assert held
+    assert held or scheme in LLAMA_CPP
     for shape in held:
         tensors = format.encode(layer_of(row, "bf16", shape=shape), row, "bf16")
         stored = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("input_"))
@@ -230,6 +231,8 @@ def test_other_programs_keys_are_passed_over(format: Format) -> None:
 def test_native_says_every_plan_by_the_least_version() -> None:
     native, weights = Native(), plan_of({"a": SCHEMES["W4A16"], "b": None})
     assert native.config(weights)["format_version"] == 1
+    for name in LLAMA_CPP:
+        assert native.config(plan_of({"a": SCHEMES[name], "b": row_named("W4A4", "bf16")}))["format_version"] == 3
     assert set(native.config(weights)) == {"quant_method", "format_version", "dtype", "groups", "kept", "rotations"}
     row = row_named("W4A4", "bf16")
     rotations = (Rotation(space="residual", block=32, seed=3), Rotation(space="qk", block=64), Rotation(space="mid", block=48))

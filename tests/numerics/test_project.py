@@ -11,7 +11,7 @@ from torch import Tensor
 from bitlathe.errors import CheckpointError
 from bitlathe.numerics.grids import decode, limits
 from bitlathe.numerics.project import Learned, QuantTensor, dequantize, fake_quantize, quantize, search
-from bitlathe.numerics.scheme import GRIDS, SCHEMES, Scheme, scheme_named
+from bitlathe.numerics.scheme import GRIDS, LLAMA_CPP, SCHEMES, Scheme, scheme_named
 
 COLUMNS = 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,7 +52,7 @@ def learned_at_random(w: Tensor, scheme: Scheme, seed: int) -> Learned:
     high[torch.rand(blocks, generator=generator) < 0.2] = 0.0
     return Learned(
         offset=torch.rand(w.shape, generator=generator) - 0.5,
-        low=torch.rand(blocks, generator=generator) * 2 if scheme.asymmetric else None,
+        low=torch.rand(blocks, generator=generator) * 2 if scheme.two_ended else None,
         high=high,
     )
 
@@ -67,7 +67,7 @@ def codes_on_grid(q: QuantTensor) -> bool:
     low, high = limits(grid, unsigned=q.scheme.asymmetric)
     numbers = decode(q.codes, grid)
     inside = bool(numbers.isfinite().all()) and bool((numbers >= low).all()) and bool((numbers <= high).all())
-    return inside and (q.scale is None or codes_on_grid(q.scale))
+    return inside and all(part is None or codes_on_grid(part) for part in (q.scale, q.minimum))
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -118,6 +118,9 @@ def test_errors_are_within_a_step(name: str) -> None:
     scheme = SCHEMES[name]
     w = gaussian(scheme)
     bits = GRIDS[scheme.grid].bits
+    # A minimum rounds as well, and a scale of few bits more than half a step at the far end.
+    if scheme.minimum is not None:
+        bits -= 1 + (scheme.minimum.grid == "UINT4")
     of_range = {"E2M1": 0.2, "E4M3": 0.07}.get(scheme.grid, (2.0 if scheme.asymmetric else 1.0) * 2.0 ** (1 - bits) + 0.01)
     assert ((fake_quantize(w, scheme, dtype=torch.float32) - w).abs() <= of_range * w.abs().max()).all()
 
@@ -235,6 +238,42 @@ def test_gradients_of_integers_are_those_of_autograd(name: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", LLAMA_CPP)
+def test_gradients_of_llama_cpp_types_are_those_of_autograd(name: str) -> None:
+    """Scales and minima that are integers are rounded straight through as well; the scales of scales have no gradient."""
+    scheme, generator = LLAMA_CPP[name], torch.Generator().manual_seed(3)
+    w = torch.randn(4, 512, generator=generator)
+    blocks = scheme.blocks((4, 512))
+    offset = (torch.rand(4, 512, generator=generator) - 0.5).requires_grad_()
+    low, high = (torch.rand(blocks, generator=generator).mul(0.4).add(0.6).requires_grad_() for _ in range(2))
+    learned = Learned(offset, low if scheme.two_ended else None, high)
+    q = quantize(w, scheme, learned)
+    assert q.scale is not None
+
+    def through(wanted: Tensor, stored: QuantTensor) -> Tensor:
+        return wanted + (dequantize(stored, torch.float32) - wanted).detach()
+
+    groups = w.view(4, blocks[1], -1)
+    bits, least, most = GRIDS[scheme.grid].bits, groups.amin(-1), groups.amax(-1)
+    if q.minimum is None:
+        scale, off = (
+            through(torch.where(most > -least, most, least) * high / -(2.0 ** (bits - 1)), q.scale),
+            torch.zeros(blocks),
+        )
+    else:
+        scale, off = through((most - least) / (2**bits - 1) * high, q.scale), through(-least * low, q.minimum)
+    exact = (groups + off[..., None]) / scale[..., None] + offset.view_as(groups)
+    landed = (exact + (exact.round() - exact).detach()).clamp(*limits(GRIDS[scheme.grid]))
+    theirs = (landed * scale[..., None] - off[..., None]).view_as(w)
+    ours = fake_quantize(w, scheme, learned, dtype=torch.float32)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    upstream, moved = torch.randn(4, 512, generator=generator), [offset, high, *([low] if scheme.two_ended else [])]
+    wanted = torch.autograd.grad(theirs, moved, upstream)
+    for got, expected in zip(torch.autograd.grad(ours, moved, upstream), wanted, strict=True):
+        assert expected.abs().max() > 0.003
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["FP8_CHANNEL", "FP8_BLOCK", "MXFP4A16", "NVFP4A16"])
 def test_gradients_of_floats(name: str) -> None:
     scheme = SCHEMES[name]
@@ -288,6 +327,7 @@ def test_following_the_gradient_lessens_the_error() -> None:
     [
         *(("W2A16", 0.76), ("W2A16G32_ASYM", 0.72), ("W3A16", 0.82), ("W4A16", 0.90), ("W4A16_ASYM", 0.94)),
         *(("W4A16_CHANNEL", 0.85), ("NVFP4A16", 0.75), ("FP8_CHANNEL", 0.97), ("MXFP4A16", 1.0)),
+        *(("Q2_K", 0.64), ("Q3_K", 0.87), ("Q4_K", 0.83), ("Q5_K", 0.85), ("Q6_K", 0.8), ("Q4_0", 0.91), ("Q4_1", 0.83)),
     ],
 )
 def test_search_lessens_the_error(name: str, left: float) -> None:
@@ -309,7 +349,7 @@ def test_search_is_never_worse_in_any_block(name: str, kind: str) -> None:
     found = search(w, scheme, importance)
     assert found.high is not None
     assert found.high.shape == scheme.blocks((w.shape[0], w.shape[1]))
-    assert (found.low is not None) == scheme.asymmetric
+    assert (found.low is not None) == scheme.two_ended
     before, after = (
         ((fake_quantize(w, scheme, learned, dtype=torch.float32) - w).double().square() * importance).sum()
         for learned in (None, found)

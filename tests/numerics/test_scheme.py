@@ -7,7 +7,7 @@ import torch
 
 from bitlathe.errors import RecipeError
 from bitlathe.numerics.project import QuantTensor, quantize
-from bitlathe.numerics.scheme import GRIDS, PRESETS, SCHEMES, Scheme, canonical_name, name_of, scheme_named
+from bitlathe.numerics.scheme import GRIDS, LLAMA_CPP, PRESETS, SCHEMES, Scheme, canonical_name, name_of, scheme_named
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,8 @@ def test_what_names_mean() -> None:
         ("FP8_BLOCK", 8 + 16 * 4 / (130 * 256)),
         ("MXFP4A16", 4 + 8 / 32),
         ("NVFP4A16", 4 + 8 / 16 + 32 / (130 * 256)),
+        *(("Q4_0", 4.5), ("Q4_1", 5.0), ("Q5_0", 5.5), ("Q5_1", 6.0), ("Q8_0", 8.5)),
+        *(("Q2_K", 2.625), ("Q3_K", 3.4375), ("Q4_K", 4.5), ("Q5_K", 5.5), ("Q6_K", 6.5625)),
     ],
 )
 def test_bits_of_a_weight(name: str, bits: float) -> None:
@@ -72,7 +74,7 @@ def test_bits_of_a_weight(name: str, bits: float) -> None:
 
 def _bits_held(q: QuantTensor) -> int:
     own = q.codes.numel() + (0 if q.zero is None else q.zero.numel())
-    return own * GRIDS[q.scheme.grid].bits + (0 if q.scale is None else _bits_held(q.scale))
+    return own * GRIDS[q.scheme.grid].bits + sum(_bits_held(part) for part in (q.scale, q.minimum) if part is not None)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -87,6 +89,14 @@ def test_fits() -> None:
     assert not SCHEMES["W4A16"].fits((128, 192))
     assert SCHEMES["FP8_BLOCK"].fits((130, 256))
     assert SCHEMES["W4A16_CHANNEL"].fits((3, 7))
+    assert SCHEMES["Q4_0"].fits((3, 96))
+    assert not SCHEMES["Q4_K"].fits((3, 96))
+    assert not SCHEMES["Q6_K"].fits((3, 128))
+
+
+def test_scales_that_llama_cpp_holds_keep_their_dtype() -> None:
+    assert all(scheme.served_in("bf16") == scheme for scheme in LLAMA_CPP.values())
+    assert SCHEMES["Q8_0"] != SCHEMES["W8A16G32"].served_in("fp16")
 
 
 @pytest.mark.parametrize(
@@ -96,8 +106,10 @@ def test_fits() -> None:
         {"grid": "INT4"},
         {"grid": "E4M3", "scale": Scheme(grid="BF16"), "asymmetric": True},
         {"grid": "BF16", "group": 128},
+        {"grid": "UINT4", "scale": Scheme(grid="BF16"), "asymmetric": True},
+        {"grid": "INT4", "scale": Scheme(grid="BF16"), "minimum": Scheme(grid="BF16")},
     ],
 )
 def test_unsound_schemes_are_refused(fields: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"INT9|needs a scale|asymmetric|group"):
+    with pytest.raises(ValueError, match=r"INT9|needs a scale|asymmetric|group|minimum|minima"):
         Scheme.model_validate(fields)

@@ -12,6 +12,8 @@ _MANY = ("W3A16", "W4A16", "W5A16", "W6A16", "W8A16")
 _LEAST = ("W2A16_CHANNEL", "W2A16")
 # What serving engines load from compressed-tensors: four bits in large and in small groups, and eight.
 _SERVED = ("W4A16", "W4A16G32", "W8A16")
+# llama.cpp's blocks of 256, and of 32 for eight bits.
+_LLAMA_CPP = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 _ENOUGH, _FEWEST = 4.125, 2.25  # bits of W4A16 and of W2A16G64
 
 
@@ -30,7 +32,9 @@ class SearchOptions(BaseModel):
 
 def default_schemes(bits: Iterable[float], formats: Iterable[str]) -> tuple[str, ...]:
     """Names of schemes to choose from for the smallest of these budgets, bits a weight, in these formats."""
-    least = min(bits)
+    formats, least = tuple(formats), min(bits)
+    if "gguf" in formats:
+        return _LLAMA_CPP
     if "compressed-tensors" in formats and least >= _ENOUGH:
         return _SERVED
     few = _FEW if least < _ENOUGH else _MANY

@@ -6,6 +6,7 @@ FORMATS: dict[str, str] = {
     "gptq": "bitlathe.formats.gptq:Gptq",
     "awq": "bitlathe.formats.awq:Awq",
     "auto-round": "bitlathe.formats.auto_round:AutoRound",
+    "gguf": "bitlathe.formats.gguf:Gguf",
     "dense": "bitlathe.formats.dense:Dense",
     "mlx": "bitlathe.formats.mlx:Mlx",
 }

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from bitlathe.errors import FormatError
-from bitlathe.formats.base import QuantLayer
+from bitlathe.formats.base import Container, QuantLayer
 from bitlathe.formats.gptq import HEADS, facts_of, most_of, refuse_two_kinds, scheme_of
 from bitlathe.formats.stored import bits_of, refuse_beyond_weights, refuse_rows, refuse_split_groups
 from bitlathe.formats.words import AWQ, Words, bits_of_codes, decode, encode, layout_of, misfit, reason_against
@@ -38,6 +38,7 @@ class AutoRound:
 
     name = "auto-round"
     dtype: ClassVar[Literal["bf16", "fp16"] | None] = "fp16"
+    container: Container | None = None
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError for what the layout or the configuration has no words for."""

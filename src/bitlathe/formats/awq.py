@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from bitlathe.errors import FormatError
-from bitlathe.formats.base import QuantLayer
+from bitlathe.formats.base import Container, QuantLayer
 from bitlathe.formats.gptq import HEADS, facts_of, scheme_of
 from bitlathe.formats.stored import bits_of, refuse_beyond_weights, refuse_rows, some
 from bitlathe.formats.words import AWQ, decode, encode, layout_of, misfit, reason_against
@@ -30,6 +30,7 @@ class Awq:
 
     name = "awq"
     dtype: ClassVar[Literal["bf16", "fp16"] | None] = "fp16"
+    container: Container | None = None
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError for what the layout or the configuration has no words for."""

@@ -5,8 +5,9 @@ A format permutes bits and never rounds: it has no way to, because it sees codes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
@@ -27,14 +28,40 @@ class QuantLayer:
     input: StaticScale | None = None
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a file of a whole model says beside its tensors. config: the result's config.json. folder: the model's, with its
+    tokenizer."""
+
+    config: Mapping[str, Any]
+    folder: Path
+    plan: Plan
+
+
+class Container(Protocol):
+    """One file that takes the place of a result's shards. file: its name."""
+
+    file: str
+
+    def refuse(self, config: Mapping[str, Any], folder: Path) -> None:
+        """Raise FormatError for a model that cannot be written. config: its config.json; folder: with its tokenizer."""
+        ...
+
+    def write(self, path: Path, shards: Sequence[Path], source: Source) -> None:
+        """Write the tensors of `shards` to the file `path`, one at a time; the same shards give the same bytes."""
+        ...
+
+
 class Format(Protocol):
     """One checkpoint format; instances hold nothing.
 
-    dtype: the only one that its readers hold scales in, "fp16" or "bf16"; None where that is the model's.
+    dtype: the only one that its readers hold scales in, "fp16" or "bf16"; None where that is the model's. container: what its
+    shards become at the end; None where they stay.
     """
 
     name: str
     dtype: ClassVar[Literal["bf16", "fp16"] | None]
+    container: Container | None
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError if `plan` cannot be held; shapes: linear -> (outputs, inputs), in which a quantized

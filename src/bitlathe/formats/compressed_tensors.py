@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bitlathe.arch import ARCHS
 from bitlathe.errors import FormatError
-from bitlathe.formats.base import QuantLayer
+from bitlathe.formats.base import Container, QuantLayer
 from bitlathe.formats.ct_experts import first_experts, named, refuse_experts
 from bitlathe.formats.ct_rotations import online_of, reason_against, transforms_of
 from bitlathe.formats.ct_schemes import FIXED, PACKED, dtype_of, input_arguments, layout_of, row_of, weight_arguments
@@ -50,6 +50,7 @@ class CompressedTensors:
 
     name = "compressed-tensors"
     dtype: ClassVar[Literal["bf16", "fp16"] | None] = None
+    container: Container | None = None
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError for what the library has no layout for, or would decode or run as other numbers than ours."""

@@ -82,6 +82,8 @@ def input_arguments(scheme: Scheme) -> QuantizationArgs | None:
 def _arguments(scheme: Scheme, extent: dict[str, Any], *, dynamic: bool, locally: bool | str) -> QuantizationArgs | None:
     """extent: what shares a scale that is a 16-bit float. locally: `dynamic` of a scheme whose scales have a scale."""
     grid, scale = GRIDS[scheme.grid], scheme.scale
+    if scheme.reader_bound or grid.unsigned:
+        return None  # its readers cast scales to the model's dtype
     common: dict[str, Any] = {"num_bits": grid.bits, "symmetric": not scheme.asymmetric, "dynamic": dynamic}
     common["type"] = "int" if grid.kind == "int" else "float"
     if scheme == FIXED[NVFP4]:

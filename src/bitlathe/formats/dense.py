@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitlathe.arch import ARCHS
 from bitlathe.errors import FormatError
-from bitlathe.formats.base import QuantLayer
+from bitlathe.formats.base import Container, QuantLayer
 from bitlathe.formats.native import Native
 from bitlathe.formats.stored import some
 from bitlathe.numerics.activation import StaticScale
@@ -37,6 +37,7 @@ class Dense:
 
     name = "dense"
     dtype: ClassVar[Literal["bf16", "fp16"] | None] = None
+    container: Container | None = None
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError for what happens to a cache, or to the input of a kept weight: no stream is there to say it."""

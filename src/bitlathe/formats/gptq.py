@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitlathe.arch import ARCHS
 from bitlathe.errors import FormatError
-from bitlathe.formats.base import QuantLayer
+from bitlathe.formats.base import Container, QuantLayer
 from bitlathe.formats.stored import bits_of, refuse_beyond_weights, refuse_rows, refuse_split_groups
 from bitlathe.formats.words import V1, V2, WIDTHS, Words, bits_of_codes, decode, encode, layout_of, misfit, reason_against
 from bitlathe.numerics.activation import StaticScale
@@ -33,6 +33,7 @@ class Gptq:
 
     name = "gptq"
     dtype: ClassVar[Literal["bf16", "fp16"] | None] = "fp16"
+    container: Container | None = None
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError for what the layout or the configuration has no words for."""

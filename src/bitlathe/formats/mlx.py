@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bitlathe.arch import ARCHS
 from bitlathe.errors import CheckpointError, FormatError
-from bitlathe.formats.base import QuantLayer
+from bitlathe.formats.base import Container, QuantLayer
 from bitlathe.formats.stored import Layout, bits_of, refuse_split_groups, some, take
 from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.bits import pack, unpack
@@ -49,6 +49,7 @@ class Mlx:
 
     name = "mlx"
     dtype: ClassVar[Literal["bf16", "fp16"] | None] = None
+    container: Container | None = None
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError for what is no symmetric integer in a group, and for all that happens while a model runs."""

@@ -7,7 +7,8 @@ their bit patterns as int16 and int32, because loaders cast floats to the dtype 
 `input_zero` are one number each, what is static of the linear's activations.
 
 The configuration is the plan, each of its different rows once. Its format_version is the least that says the plan: 1 says
-schemes of weights, 2 adds activations, rotations, and the scheme of a cache.
+schemes of weights, 2 adds activations, rotations, and the scheme of a cache, 3 minima and scales of a fixed dtype
+(`weight_minimum`, stored like scales).
 
 A loader that does not know the quant_method must not run the model. transformers only warns about one it does not know, and
 fills weights it does not find with random numbers; but it stops at a `weight` of another shape than the linear's. So the codes
@@ -25,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from bitlathe.errors import FormatError
-from bitlathe.formats.base import QuantLayer
+from bitlathe.formats.base import Container, QuantLayer
 from bitlathe.formats.stored import Layout, bits_of, some, take
 from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.bits import pack, unpack
@@ -35,7 +36,7 @@ from bitlathe.numerics.scheme import GRIDS, Grid, Scheme, static
 from bitlathe.plan import LayerPlan, Plan
 
 METHOD = "bitlathe"
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 
 # Grids whose codes are machine words: dtype of the codes in memory, dtype of the same bits in the file.
 WORDS: dict[str, tuple[torch.dtype, torch.dtype]] = {
@@ -82,6 +83,7 @@ class Native:
 
     name = "native"
     dtype: ClassVar[Literal["bf16", "fp16"] | None] = None
+    container: Container | None = None
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Nothing is refused."""
@@ -134,7 +136,7 @@ class Native:
         more = plan.rotations or plan.kv or plan.untied or any(row != LayerPlan(weight=row.weight) for row in groups)
         return {
             "quant_method": METHOD,
-            "format_version": VERSIONS[1 if more else 0],
+            "format_version": 3 if any(scheme.reader_bound for scheme in plan.quantized.values()) else 2 if more else 1,
             "dtype": plan.dtype,
             "groups": [_group(row, names) for row, names in groups.items()],
             "kept": kept,
@@ -148,7 +150,7 @@ class Native:
         if config.get("quant_method") != METHOD or config.get("format_version") not in VERSIONS:
             raise FormatError(
                 f"this is quant_method {config.get('quant_method')!r}, format_version {config.get('format_version')!r}; this "
-                f"program reads {METHOD!r}, versions {' and '.join(map(str, VERSIONS))}. Use the version of bitlathe that "
+                f"program reads {METHOD!r}, versions {', '.join(map(str, VERSIONS))}. Use the version of bitlathe that "
                 "wrote the folder"
             )
         try:
@@ -190,7 +192,9 @@ def _encode(q: QuantTensor, name: str) -> dict[str, Tensor]:
     tensors = {name: _stream(q.codes, grid, asymmetric=q.scheme.asymmetric)}
     if q.zero is not None:
         tensors[f"{name}_zero"] = _stream(q.zero, grid, asymmetric=True)
-    return tensors | (_encode(q.scale, f"{name}_scale") if q.scale is not None else {})
+    for part, held in (("scale", q.scale), ("minimum", q.minimum)):
+        tensors |= {} if held is None else _encode(held, f"{name}_{part}")
+    return tensors
 
 
 def _layout(scheme: Scheme, shape: tuple[int, int], name: str) -> Layout:
@@ -198,7 +202,9 @@ def _layout(scheme: Scheme, shape: tuple[int, int], name: str) -> Layout:
     layout: Layout = {name: _place(grid, shape)}
     if scheme.asymmetric:
         layout[f"{name}_zero"] = _place(grid, blocks)
-    return layout | (_layout(scheme.scale, blocks, f"{name}_scale") if scheme.scale is not None else {})
+    for part, held in (("scale", scheme.scale), ("minimum", scheme.minimum)):
+        layout |= {} if held is None else _layout(held, blocks, f"{name}_{part}")
+    return layout
 
 
 def _place(grid: Grid, shape: tuple[int, int]) -> tuple[torch.dtype, tuple[int]]:
@@ -218,6 +224,7 @@ def _decode(tensors: Mapping[str, Tensor], name: str, scheme: Scheme, shape: tup
         codes=_codes(tensors, name, grid, shape, asymmetric=scheme.asymmetric),
         scale=None if scheme.scale is None else _decode(tensors, f"{name}_scale", scheme.scale, blocks),
         zero=_codes(tensors, f"{name}_zero", grid, blocks, asymmetric=True) if scheme.asymmetric else None,
+        minimum=None if scheme.minimum is None else _decode(tensors, f"{name}_minimum", scheme.minimum, blocks),
     )
 
 
@@ -225,7 +232,7 @@ def _stream(codes: Tensor, grid: Grid, *, asymmetric: bool) -> Tensor:
     """Codes [rows, columns] as they lie in the file, flat."""
     if grid.name in WORDS:
         return codes.contiguous().view(WORDS[grid.name][1]).flatten()
-    if grid.kind == "int" and not asymmetric:
+    if grid.kind == "int" and not (asymmetric or grid.unsigned):
         codes = codes.view(torch.uint8) + 2 ** (grid.bits - 1)  # wraps, so that -2^(bits-1) becomes 0
     return pack(codes, grid.bits).flatten()
 
@@ -235,6 +242,6 @@ def _codes(tensors: Mapping[str, Tensor], name: str, grid: Grid, shape: tuple[in
     if grid.name in WORDS:
         return stream.view(WORDS[grid.name][0]).view(shape)
     codes = unpack(stream.view(shape[0], -1), grid.bits, columns=shape[1])
-    if grid.kind == "int" and not asymmetric:
+    if grid.kind == "int" and not (asymmetric or grid.unsigned):
         codes = (codes - 2 ** (grid.bits - 1)).view(torch.int8)
     return codes

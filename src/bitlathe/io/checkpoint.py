@@ -13,7 +13,6 @@ import json
 import mmap
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from importlib.resources import files
 from io import BufferedReader
 from math import prod
@@ -29,6 +28,8 @@ from huggingface_hub.errors import (
 from torch import Tensor
 
 from bitlathe.errors import CheckpointError
+from bitlathe.io.gguf import FILE, read_gguf
+from bitlathe.io.tensor_info import TensorInfo, from_pairs
 
 BUILTIN = "builtin"
 CONFIG = "config.json"
@@ -77,17 +78,6 @@ GAP = 1024 * 1024
 
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^@]+))?")
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies. dtype: its safetensors name ("BF16"); offset: bytes from the start of `file`."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    nbytes: int
 
 
 class Checkpoint:
@@ -247,6 +237,8 @@ def _tensor_info(name: str, row: Any, file: Path, base: int) -> TensorInfo:
 def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     """The headers of all files of a folder, checked against its index."""
     index = _read_index(folder)
+    if (folder / FILE).is_file() and not index and not any(folder.glob("*.safetensors")):
+        return read_gguf(folder / FILE)
     header: dict[str, TensorInfo] = {}
     for file in _weight_files(folder, index):
         for name, info in read_header(file).items():
@@ -367,7 +359,8 @@ def _map(run: list[tuple[str, TensorInfo]]) -> dict[str, Tensor]:
         aligned = info.offset % DTYPES[info.dtype].itemsize == 0
         if info.nbytes < COPIED or not aligned:
             flat = flat.clone()
-        tensors[name] = flat.view(DTYPES[info.dtype]).view(info.shape)
+        tensor = flat.view(DTYPES[info.dtype]).view(info.shape)
+        tensors[name] = from_pairs(tensor, info.heads) if info.heads else tensor
     return tensors
 
 

@@ -22,7 +22,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -34,10 +34,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bitlathe.errors import OutputError, ResumeError
-from bitlathe.io.checkpoint import CONFIG, DTYPES, INDEX, TensorInfo, read_header
+from bitlathe.io.checkpoint import CONFIG, DTYPES, INDEX, read_header
 from bitlathe.io.files import sync, write_aside
 from bitlathe.io.lines import line, whole_lines
 from bitlathe.io.sizes import human
+from bitlathe.io.tensor_info import TensorInfo
 
 STATE = ".bitlathe"
 REPORT = "report.json"
@@ -49,6 +50,8 @@ _READABLE = 60
 _HASH = re.compile(r"[0-9a-f]{32,}")
 
 Results = Mapping[str, tuple[Path | None, Mapping[str, bytes]]]
+# Makes one file (at the first path) of shards.
+MakeFile = Callable[[Path, Sequence[Path]], None]
 
 
 class Writer:
@@ -159,11 +162,12 @@ class Writer:
         """Every tensor of a stream's finished shards, without its data."""
         return {name: info for index in self.done for name, info in read_header(self._file(stream, index)).items()}
 
-    def finish(self, results: Results) -> None:
+    def finish(self, results: Results, files: Mapping[str, tuple[str, MakeFile]] | None = None) -> None:
         """Turn the finished shards into checkpoints; then the folder of the unfinished run goes.
 
         results: stream -> (its destination, `out` or a folder in it; the files to put beside the shards). A stream whose
-        destination is None is dropped. The index is written here, and report.json (given or not) is completed with what a
+        destination is None is dropped. files: stream -> the name of the one file that takes the place of its shards, and what
+        makes that of them. The index is written here, and report.json (given or not) is completed with what a
         later run needs to know. May be called again by a run that was killed in it.
         """
         kept = {stream: (to, extra) for stream, (to, extra) in results.items() if to is not None}
@@ -172,8 +176,10 @@ class Writer:
         nested = [name for _, extra in kept.values() for name in extra if Path(name).name != name]
         if missing or astray or nested or set(results) != set(self.streams):
             raise ValueError(f"cannot finish {sorted(results)}: shards {missing}, destinations {astray}, files {nested}")
-        shards = [self._name(index) for index in range(self.shards)]
-        names = {stream: sorted({*shards, INDEX, REPORT, *extra}) for stream, (_, extra) in kept.items()}
+        made = {} if files is None else dict(files)
+        shards = [*(self._name(index) for index in range(self.shards)), INDEX]
+        weights = {stream: [made[stream][0]] if stream in made else shards for stream in kept}
+        names = {stream: sorted({*weights[stream], REPORT, *extra}) for stream, (_, extra) in kept.items()}
         folders = {stream: to.relative_to(self.out).as_posix() for stream, (to, _) in kept.items()}
         with self._disk():
             plan = {stream: {"folder": folders[stream], "files": names[stream]} for stream in kept}
@@ -187,15 +193,30 @@ class Writer:
                     "files": names[stream],
                 }
                 report = _json({**json.loads(extra.get(REPORT, b"{}")), **facts})
-                self._place(stream, to, {**extra, REPORT: report})
+                to.mkdir(exist_ok=True)
+                if stream in made:
+                    self._place_file(stream, to, *made[stream])
+                    beside = dict(extra)
+                else:
+                    beside = {**extra, INDEX: self._place(stream, to)}
+                # config.json last: a reader that finds it finds all the rest
+                for name, content in sorted({**beside, REPORT: report}.items(), key=lambda item: (item[0] == CONFIG, item[0])):
+                    self._write(to / name, content)
+                sync(to)
             self._tell()
             # from here on the result is whole; without a fingerprint the rest is rubbish
             (self._state / "fingerprint").unlink()
             self._clear()
         self.finished = True
 
-    def _place(self, stream: str, to: Path, extra: Mapping[str, bytes]) -> None:
-        to.mkdir(exist_ok=True)
+    def _place_file(self, stream: str, to: Path, name: str, make: MakeFile) -> None:
+        """Make the one file of a stream and put it in its place; its shards stay until the end."""
+        if not (to / name).exists():
+            with write_aside(to / name, self._state) as aside:
+                make(aside, [self._file(stream, index) for index in range(self.shards)])
+
+    def _place(self, stream: str, to: Path) -> bytes:
+        """Put the shards of a stream in their place, and give their index."""
         where: dict[str, str] = {}
         total = 0
         for index in range(self.shards):
@@ -208,11 +229,7 @@ class Writer:
         for index in range(self.shards):
             if (self._state / stream / self._name(index)).exists():
                 os.replace(self._state / stream / self._name(index), to / self._name(index))
-        index_file = _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
-        # config.json last: a reader that finds it finds all the rest
-        for name, content in sorted({**extra, INDEX: index_file}.items(), key=lambda item: (item[0] == CONFIG, item[0])):
-            self._write(to / name, content)
-        sync(to)
+        return _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
 
     def _tell(self) -> None:
         """Bring what is said to those who watch to what is so: a kill may have come between the two."""

@@ -25,6 +25,7 @@ _METHODS: dict[str, str] = {
     "awq": "awq",
     "auto-round": "auto-round",
     "mlx": "mlx",
+    "gguf": "gguf",
 }
 
 _LONG: dict[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

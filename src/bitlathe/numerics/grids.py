@@ -32,6 +32,8 @@ _E8M0_LEAST = 2.0**-126
 # offsets are learned for it. The smallest normal number where there are enough of them. FP32 holds scales of scales: room
 # is left for the smallest E4M3 number below it.
 LEAST_SCALE = {"BF16": 2.0**-126, "FP16": 2.0**-14, "FP32": 2.0**-100, "E4M3": 2.0**-9, "E8M0": _E8M0_LEAST}
+# FP16 scales of integer scales go down to the smallest number there is: they are a small part of a small step.
+LEAST_SUPER = 2.0**-24
 
 
 def limits(grid: Grid, *, unsigned: bool = False) -> tuple[float, float]:
@@ -40,7 +42,7 @@ def limits(grid: Grid, *, unsigned: bool = False) -> tuple[float, float]:
         return _E8M0_LEAST, grid.maximum
     if grid.kind == "float":
         return -grid.maximum, grid.maximum
-    return (0.0, 2.0**grid.bits - 1) if unsigned else (-(2.0 ** (grid.bits - 1)), 2.0 ** (grid.bits - 1) - 1)
+    return (0.0, 2.0**grid.bits - 1) if unsigned or grid.unsigned else (-(2.0 ** (grid.bits - 1)), 2.0 ** (grid.bits - 1) - 1)
 
 
 def step(x: Tensor, grid: Grid) -> Tensor:
@@ -73,7 +75,7 @@ def encode(x: Tensor, grid: Grid, *, unsigned: bool = False) -> Tensor:
     float8_e4m3fn. E8M0: uint8, the exponent + 127. 16 and 32 bits: their own dtype.
     """
     if grid.kind == "int":
-        return x.to(torch.uint8 if unsigned else torch.int8)
+        return x.to(torch.uint8 if unsigned or grid.unsigned else torch.int8)
     if grid.kind == "exponent":
         return (x.view(torch.int32) >> _MANTISSA_WIDTH).to(torch.uint8)
     if grid.name in _DTYPES:

@@ -8,33 +8,26 @@ the weight from the codes. All three go through `_scales` and `_round`, so for e
 bit for bit. Arithmetic is float32 and the result is rounded once, to the dtype asked for: codes have at most 8 significant
 bits and 16-bit scales at most 11, so a product is exact in float32 and a reader that multiplies in 16 bits gets the same.
 
-Inside, a matrix is cut into blocks [block rows, rows of one, block columns, columns of one]; what a block has one of is a
-matrix [block rows, block columns]. Rounding is straight-through: its gradient is the identity where nothing saturates.
+A scheme with minima takes off a number more, as llama.cpp does: (outer * inner) * code - minimum, each operation rounded to
+float32. Inside, a matrix is cut into blocks: see `scales`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, log2
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn import functional as F
 
 from bitlathe.errors import CheckpointError
-from bitlathe.numerics.grids import LEAST_SCALE, decode, encode, limits, snap, step
-from bitlathe.numerics.scheme import GRIDS, Grid, Scheme
+from bitlathe.numerics.grids import decode, encode, limits, snap, step
+from bitlathe.numerics.refit import refit
+from bitlathe.numerics.scales import Learned, Scales, cut, ends_of, join, leaf, nested, plain_ends, saturates, scales_of, spread
+from bitlathe.numerics.scheme import GRIDS, Scheme
 
-# What a block's largest magnitude is divided by to give its power-of-two scale, which is then rounded up. 7.25 for E2M1:
-# values up to 7.25 may saturate at 6, within .1% of the best exponent of every block on Gaussians, where never to saturate
-# costs 6%. 448 for E4M3: nothing saturates; up to 464 is the same, 480 costs 3% and 512 a quarter.
-_CEILING = {"E2M1": 7.25, "E4M3": 448.0}
-
-# The largest E4M3 scale a tensor-wide scale is chosen for: above it lie codes for a search to move to, up to 448.
-_HEADROOM = 256.0
-_LARGEST_OUTER = 2.0**116  # 6 * 448 of these are finite in bf16
+__all__ = ["Learned", "QuantTensor", "dequantize", "fake_quantize", "quantize", "search"]
 
 # Multiples of a range that are searched, by bits: where a few large values are best cut off, and how far beyond the range
 # grids still gain (measured on Gaussians and on Student's t with 5 degrees of freedom, at groups of 32 to whole rows).
@@ -51,9 +44,10 @@ _AT_A_TIME = {"cpu": 1 << 18, "cuda": 1 << 24}
 class QuantTensor:
     """A matrix [rows, columns] as a scheme stores it.
 
-    codes: [rows, columns]; int8 for a symmetric integer grid, uint8 for an asymmetric one, E2M1 (sign in bit 3) and E8M0
-    (exponent + 127), float8_e4m3fn for E4M3, the dtype itself for 16 and 32 bits. scale: the matrix of scales, of shape
-    scheme.blocks(shape), or None. zero: uint8 zero points of the same shape, or None.
+    codes: [rows, columns]; int8 for a symmetric integer grid, uint8 for an asymmetric or unsigned one, E2M1 (sign in bit 3)
+    and E8M0 (exponent + 127), float8_e4m3fn for E4M3, the dtype itself for 16 and 32 bits. scale: the matrix of scales, of
+    shape scheme.blocks(shape), or None. zero: uint8 zero points of the same shape, or None. minimum: likewise what is
+    taken off.
     """
 
     scheme: Scheme
@@ -61,143 +55,13 @@ class QuantTensor:
     codes: Tensor
     scale: QuantTensor | None = None
     zero: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What a tuner moves; None is round to nearest on the range from the smallest to the largest value.
-
-    offset: [rows, columns], added before rounding, in steps of the grid. low, high: [block rows, block columns], multiples of
-    the two ends of each block's range. Symmetric integers and float grids have one end, `high`; negative, it gives the other
-    sign of the largest value the longer side of a symmetric integer grid.
-    """
-
-    offset: Tensor | None = None
-    low: Tensor | None = None
-    high: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Scales:
-    """value: float32 [blocks], differentiable. inner, outer: what is stored; value = inner * outer. zero: float32 or None."""
-
-    value: Tensor
-    inner: Tensor
-    outer: Tensor | None
-    zero: Tensor | None
+    minimum: QuantTensor | None = None
 
 
 @dataclass(frozen=True)
 class _Target:
     scheme: Scheme
     dtype: torch.dtype
-
-
-class _Straight(Function):
-    """`rounded` forward; backward, as if it were `exact`."""
-
-    @staticmethod
-    def forward(ctx: Any, exact: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-def _snap(x: Tensor, grid: Grid, *, unsigned: bool = False) -> Tensor:
-    return _Straight.apply(x, snap(x.detach(), grid, unsigned=unsigned))  # pyright: ignore[reportReturnType]
-
-
-def _cut(x: Tensor, scheme: Scheme) -> Tensor:
-    """[rows, columns] to blocks [block rows, rows of one, block columns, columns of one]; rows of zeros fill the last."""
-    rows, columns = scheme.blocks((x.shape[0], x.shape[1]))
-    height = scheme.block[0] or x.shape[0]
-    if rows * height != x.shape[0]:
-        x = F.pad(x, (0, 0, 0, rows * height - x.shape[0]))
-    return x.reshape(rows, height, columns, -1)
-
-
-def _join(blocks: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The inverse of `_cut`."""
-    joined = blocks.reshape(-1, shape[1])
-    return joined if joined.shape[0] == shape[0] else joined[: shape[0]]
-
-
-def _spread(x: Tensor) -> Tensor:
-    return x[:, None, :, None]
-
-
-def _ends(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each block, [block rows, block columns]."""
-    return blocks.amin(dim=(1, 3)), blocks.amax(dim=(1, 3))
-
-
-def _leaf(scheme: Scheme) -> str:
-    while scheme.scale is not None:
-        scheme = scheme.scale
-    return scheme.grid
-
-
-def _saturates(scheme: Scheme, dtype: torch.dtype) -> bool:
-    """Whether a value of the scheme can exceed the dtype. Scales are chosen so that none exceeds bf16, nor fp16 if their grid
-    is that (`_largest_scale`)."""
-    return dtype == torch.float16 and _leaf(scheme) != "FP16"
-
-
-def _largest_scale(scheme: Scheme) -> float:
-    """The largest scale whose product with every code is finite in the dtype of the scale, or bf16 for other grids."""
-    top = max(abs(limit) for limit in limits(GRIDS[scheme.grid], unsigned=scheme.asymmetric))
-    return GRIDS["FP16" if _leaf(scheme) == "FP16" else "BF16"].maximum / 2.0 ** ceil(log2(top))
-
-
-def _scales(ends: tuple[Tensor, Tensor], scheme: Scheme, learned: Learned, peak: Tensor | None) -> _Scales:
-    """Scales and zero points of blocks whose smallest and largest values are `ends`."""
-    grid, low, high = GRIDS[scheme.grid], *ends
-    if scheme.asymmetric:
-        return _asymmetric(low, high, scheme, learned)
-    if grid.kind == "int":
-        # Signed full range: the value of largest magnitude becomes -2^(b-1), so that every code is used.
-        target = torch.where(high > -low, high, low) * -(2.0 ** (1 - grid.bits))
-    else:
-        target = torch.maximum(high, -low)
-        if peak is not None and scheme.block == (0, 0):
-            target = peak.float().expand_as(target)
-        if scheme.scale is not None and scheme.scale.scale is not None and peak is None:
-            peak = target.max()
-        target = target / (_CEILING[grid.name] if _leaf(scheme) == "E8M0" else grid.maximum)
-    if learned.high is not None:
-        target = target * learned.high
-    return _settle(target, scheme, None if peak is None else peak.float() / grid.maximum)
-
-
-def _asymmetric(low: Tensor, high: Tensor, scheme: Scheme, learned: Learned) -> _Scales:
-    """Unsigned codes: low becomes 0 and high 2^b - 1; zero is always in the range and always exact."""
-    grid = GRIDS[scheme.grid]
-    top = limits(grid, unsigned=True)[1]
-    low, high = low.clamp(max=0.0) / top, high.clamp(min=0.0) / top
-    low = low if learned.low is None else low * learned.low
-    high = high if learned.high is None else high * learned.high
-    scales = _settle(high - low, scheme, None)
-    zero = (low * -top / scales.value).clamp(0.0, top)
-    return _Scales(scales.value, scales.inner, None, _snap(zero, grid, unsigned=True))
-
-
-def _settle(target: Tensor, scheme: Scheme, peak: Tensor | None) -> _Scales:
-    """Wanted scales of `scheme` [blocks] moved to the grid they are stored on. peak: the largest that must be held."""
-    stored = scheme.scale
-    if stored is None:
-        raise ValueError("a scheme without scales has none to settle")
-    largest, outer = _largest_scale(scheme), None
-    if stored.scale is not None:
-        if peak is None or stored.block != (0, 0) or stored.scale.grid != "FP32":
-            raise ValueError(f"scales of scales are one FP32 number a tensor, not {stored.scale.grid} in {stored.block}")
-        # A power of two, so that a reader may divide by its inverse instead of multiplying.
-        outer = snap(peak / _HEADROOM, GRIDS["E8M0"]).clamp(LEAST_SCALE["FP32"], _LARGEST_OUTER)
-        target, largest = target / outer, GRIDS[stored.grid].maximum
-    inner = _snap(target.clamp(-largest, largest), GRIDS[stored.grid])
-    inner = torch.where(inner == 0, LEAST_SCALE[stored.grid], inner)
-    return _Scales(inner if outer is None else inner * outer, inner.detach(), outer, None)
 
 
 def _round(
@@ -222,7 +86,7 @@ def _round(
 
 
 def _cast(x: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
-    return (x.clamp(-GRIDS["FP16"].maximum, GRIDS["FP16"].maximum) if _saturates(scheme, dtype) else x).to(dtype)
+    return (x.clamp(-GRIDS["FP16"].maximum, GRIDS["FP16"].maximum) if saturates(scheme, dtype) else x).to(dtype)
 
 
 class _Project(Function):
@@ -233,35 +97,39 @@ class _Project(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, blocks: Tensor, offset: Tensor | None, scale: Tensor, zero: Tensor | None, to: _Target) -> Tensor:
+    def forward(ctx: Any, blocks: Tensor, offset: Tensor | None, scale: Tensor, least: Tensor | None, to: _Target) -> Tensor:
+        zero, minimum = (least, None) if to.scheme.minimum is None else (None, least)
+        blocks = blocks if minimum is None else blocks + minimum
         landed, exact, spacing = _round(blocks, scale, to.scheme, zero=zero, offset=offset)
+        ctx.zero_point = minimum is None
         if any(ctx.needs_input_grad):
             grid = GRIDS[to.scheme.grid]
             inside = exact.eq_(landed if grid.kind == "int" else exact.clamp(*limits(grid)))
             ctx.save_for_backward(blocks, scale, landed.mul_(scale), inside, spacing)
         else:
             landed.mul_(scale)
-        return _cast(landed, to.scheme, to.dtype)
+        return _cast(landed if minimum is None else landed - minimum, to.scheme, to.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         blocks, scale, value, inside, spacing = ctx.saved_tensors
-        _, wants_offset, wants_scale, wants_zero, _ = ctx.needs_input_grad
+        _, wants_offset, wants_scale, wants_least, _ = ctx.needs_input_grad
         grad = grads[0].float()
         through = grad * scale
-        of_scale = of_zero = of_offset = None
-        if wants_zero:
-            # Where something was cut off, the number landed on is a bound less the zero point.
-            of_zero = -_sum(through)
+        of_scale = of_least = of_offset = None
+        if wants_least:
+            # Where something was cut off, the number landed on is a bound less the zero point; of a minimum, the value is.
+            of_least = -_sum(through)
         through.mul_(inside)
-        if of_zero is not None:
-            of_zero += _sum(through)
+        if of_least is not None:
+            of_least += _sum(through)
+            of_least = of_least if ctx.zero_point else of_least / scale
         if wants_scale:
             # d(scale * landed): landed less blocks / scale where that was rounded, all of landed where it was cut off.
             of_scale = _sum(torch.addcmul(value, inside, blocks, value=-1).mul_(grad)) / scale
         if wants_offset:
             of_offset = through if spacing is None else through.mul_(spacing)
-        return None, of_offset, of_scale, of_zero, None
+        return None, of_offset, of_scale, of_least, None
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -280,12 +148,13 @@ def fake_quantize(
     if scheme.scale is None:
         return _cast(snap(w, GRIDS[scheme.grid]), scheme, dtype)
     learned = learned or Learned()
-    blocks = _cut(w, scheme)
-    scales = _scales(_ends(blocks), scheme, learned, peak)
-    offset = None if learned.offset is None else _cut(learned.offset, scheme)
-    zero = None if scales.zero is None else _spread(scales.zero)
-    out: Any = _Project.apply(blocks, offset, _spread(scales.value), zero, _Target(scheme, dtype))
-    return _join(out, (w.shape[0], w.shape[1]))
+    blocks = cut(w, scheme)
+    scales = scales_of(ends_of(blocks), scheme, learned, peak)
+    offset = None if learned.offset is None else cut(learned.offset, scheme)
+    least = scales.zero if scales.minimum is None else scales.minimum.value
+    least = None if least is None else spread(least)
+    out: Any = _Project.apply(blocks, offset, spread(scales.value), least, _Target(scheme, dtype))
+    return join(out, (w.shape[0], w.shape[1]))
 
 
 @torch.no_grad()
@@ -306,34 +175,47 @@ def quantize(w: Tensor, scheme: Scheme, learned: Learned | None = None, peak: Te
     if scheme.scale is None:
         return QuantTensor(scheme, shape, encode(snap(w, grid), grid))
     learned = learned or Learned()
-    blocks = _cut(w, scheme)
-    scales = _scales(_ends(blocks), scheme, learned, peak)
-    offset = None if learned.offset is None else _cut(learned.offset.detach(), scheme)
-    zero = None if scales.zero is None else _spread(scales.zero)
-    landed, _, _ = _round(blocks, _spread(scales.value), scheme, zero=zero, offset=offset)
+    blocks = cut(w, scheme)
+    scales = scales_of(ends_of(blocks), scheme, learned, peak)
+    offset = None if learned.offset is None else cut(learned.offset.detach(), scheme)
+    zero = None if scales.zero is None else spread(scales.zero)
+    blocks = blocks if scales.minimum is None else blocks + spread(scales.minimum.value)
+    landed, _, _ = _round(blocks, spread(scales.value), scheme, zero=zero, offset=offset)
     landed = landed if zero is None else landed + zero
-    outer = None
-    if scales.outer is not None and scheme.scale.scale is not None:
-        outer = QuantTensor(scheme.scale.scale, (1, 1), scales.outer.reshape(1, 1))
+    of_blocks = scheme.blocks(shape)
     return QuantTensor(
         scheme,
         shape,
-        _join(encode(landed, grid, unsigned=scheme.asymmetric), shape),
-        QuantTensor(scheme.scale, scheme.blocks(shape), encode(scales.inner, GRIDS[scheme.scale.grid]), outer),
+        join(encode(landed, grid, unsigned=scheme.asymmetric), shape),
+        _stored(scales, scheme.scale, of_blocks),
         None if scales.zero is None else encode(scales.zero, grid, unsigned=True),
+        None if scales.minimum is None or scheme.minimum is None else _stored(scales.minimum, scheme.minimum, of_blocks),
     )
+
+
+def _stored(scales: Scales, scheme: Scheme, shape: tuple[int, int]) -> QuantTensor:
+    """Scales or minima [blocks] as they are stored."""
+    outer = None
+    if scales.outer is not None and scheme.scale is not None:
+        places = scheme.blocks(shape)
+        outer = QuantTensor(scheme.scale, places, encode(scales.outer.reshape(places), GRIDS[scheme.scale.grid]))
+    return QuantTensor(scheme, shape, encode(scales.inner, GRIDS[scheme.grid]), outer)
 
 
 @torch.no_grad()
 def dequantize(q: QuantTensor, dtype: torch.dtype) -> Tensor:
-    """The weight [rows, columns] that codes stand for: code * scale in float32, rounded once to `dtype`, saturating."""
+    """The weight [rows, columns] that codes stand for: code * scale, less a minimum, in float32; rounded once to `dtype`,
+    saturating."""
     numbers = decode(q.codes, GRIDS[q.scheme.grid])
     if q.scale is None:
         return _cast(numbers, q.scheme, dtype)
-    blocks = _cut(numbers, q.scheme)
+    blocks = cut(numbers, q.scheme)
     if q.zero is not None:
-        blocks = blocks - _spread(q.zero.float())
-    return _join(_cast(blocks * _spread(dequantize(q.scale, torch.float32)), q.scheme, dtype), q.shape)
+        blocks = blocks - spread(q.zero.float())
+    blocks = blocks * spread(dequantize(q.scale, torch.float32))
+    if q.minimum is not None:
+        blocks = blocks - spread(dequantize(q.minimum, torch.float32))
+    return join(_cast(blocks, q.scheme, dtype), q.shape)
 
 
 @dataclass(frozen=True)
@@ -348,14 +230,15 @@ class _Part:
 
     def loss(self, learned: Learned) -> Tensor:
         """Weighted squared error of each block."""
-        scales = _scales(self.ends, self.scheme, learned, self.peak)
-        scale, zero = _spread(scales.value), None if scales.zero is None else _spread(scales.zero)
-        landed, _, _ = _round(self.blocks, scale, self.scheme, zero=zero, offset=None)
-        return landed.mul_(scale).sub_(self.blocks).square_().mul_(self.importance).sum((1, 3))
+        scales = scales_of(self.ends, self.scheme, learned, self.peak)
+        scale, zero = spread(scales.value), None if scales.zero is None else spread(scales.zero)
+        blocks = self.blocks if scales.minimum is None else self.blocks + spread(scales.minimum.value)
+        landed, _, _ = _round(blocks, scale, self.scheme, zero=zero, offset=None)
+        return landed.mul_(scale).sub_(blocks).square_().mul_(self.importance).sum((1, 3))
 
     def code_neighbours(self) -> list[Tensor]:
         """Multiples of each block's range that move its E4M3 scale by 1 to 8 codes either way."""
-        scales = _scales(self.ends, self.scheme, Learned(), self.peak)
+        scales = scales_of(self.ends, self.scheme, Learned(), self.peak)
         grid = GRIDS["E4M3"]
         codes = encode(scales.inner, grid).view(torch.uint8).to(torch.int16)
         last = int(encode(torch.tensor(grid.maximum), grid).view(torch.uint8))
@@ -372,7 +255,7 @@ def _spaced(first: float, last: float, count: int) -> list[float]:
 def _factors(scheme: Scheme) -> list[list[tuple[float, float]]]:
     """Rounds of factors (low, high) on each block's range; a round tries its factors on the best of the round before."""
     grid = GRIDS[scheme.grid]
-    if _leaf(scheme) == "E8M0":
+    if leaf(scheme) == "E8M0":
         return [[(1.0, 0.5), (1.0, 2.0)]]
     if grid.kind == "float":
         return [[(1.0, factor) for factor in _spaced(0.5, 1.12, 24)]]
@@ -397,8 +280,7 @@ def _search_part(part: _Part) -> tuple[Tensor, Tensor]:
     """Best multiples of the low and the high ends of each block."""
     low = high = torch.ones_like(part.ends[0])
     least = part.loss(Learned())
-    nested = part.scheme.scale is not None and part.scheme.scale.scale is not None
-    rounds: Any = [[(1.0, factor) for factor in part.code_neighbours()]] if nested else _factors(part.scheme)
+    rounds: Any = [[(1.0, factor) for factor in part.code_neighbours()]] if nested(part.scheme) else _factors(part.scheme)
     for factors in rounds:
         start_low, start_high = low, high
         for by_low, by_high in factors:
@@ -421,15 +303,35 @@ def search(w: Tensor, scheme: Scheme, importance: Tensor | None = None, peak: Te
     w = w.detach().float()
     if scheme.scale is None or (scheme.block == (0, 0) and peak is not None):
         return Learned()
-    if scheme.scale.scale is not None and peak is None:
+    if nested(scheme) and peak is None:
         peak = w.abs().amax()
     weights = w.new_ones(w.shape[1]) if importance is None else importance.to(w)
     height = scheme.block[0] or w.shape[0]
     rows = max(1, _AT_A_TIME[w.device.type] // (w.shape[1] * height)) * height
     found = []
     for piece in w.split(rows):
-        blocks = _cut(piece, scheme)
-        part = _Part(scheme, blocks, _ends(blocks), weights.view(1, 1, *blocks.shape[2:]), peak)
-        found.append(_search_part(part))
+        blocks = cut(piece, scheme)
+        part = _Part(scheme, blocks, ends_of(blocks), weights.view(1, 1, *blocks.shape[2:]), peak)
+        found.append(_refit_part(part) if scheme.reader_bound else _search_part(part))
     low, high = (torch.cat(ends) for ends in zip(*found, strict=True))
-    return Learned(low=low if scheme.asymmetric else None, high=high)
+    return Learned(low=low if scheme.two_ended else None, high=high)
+
+
+def _refit_part(part: _Part) -> tuple[Tensor, Tensor]:
+    """Multiples of the plain minimum and scale of each block, where these are fitted one after the other."""
+    scheme, ones = part.scheme, torch.ones_like(part.ends[0])
+    low, high = part.ends
+    off, plain_step = None, torch.where(high > -low, high, low) * -(2.0 ** (1 - GRIDS[scheme.grid].bits))
+    if scheme.minimum is not None:
+        off, plain_step = plain_ends(part.ends, scheme)
+    fitted = refit(part.blocks[:, 0], part.importance[:, 0], scheme, plain=(plain_step, off))
+    found = [
+        ones if wanted is None or start is None else torch.where(start == 0, 1.0, wanted / start)
+        for start, wanted in zip((plain_step, off), fitted, strict=True)
+    ]
+    # Of a super-block, whichever loses less: what was fitted or the plain range.
+    learned = Learned(low=found[1] if scheme.two_ended else None, high=found[0])
+    span = scheme.scale.block[1] if scheme.scale is not None and scheme.scale.scale is not None else 1
+    gained, lost = (part.loss(each).unflatten(1, (-1, span)).sum(-1) for each in (learned, Learned()))
+    worse = (~(gained < lost)).repeat_interleave(span, dim=1)
+    return torch.where(worse, 1.0, found[1]), torch.where(worse, 1.0, found[0])

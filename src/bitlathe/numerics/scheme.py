@@ -21,7 +21,8 @@ class Grid(BaseModel):
     """A finite set of numbers.
 
     kind: "int" (two's complement, or unsigned with a zero point), "float" (a sign, an exponent, a mantissa), "exponent"
-    (powers of two). bits: width of one code. maximum: largest finite value of a float grid.
+    (powers of two). bits: width of one code. maximum: largest finite value of a float grid. unsigned: integers from zero on,
+    without a zero point.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,12 +31,14 @@ class Grid(BaseModel):
     bits: int
     kind: Literal["int", "float", "exponent"]
     maximum: float = 0.0
+    unsigned: bool = False
 
 
 GRIDS: dict[str, Grid] = {
     grid.name: grid
     for grid in (
         *(Grid(name=f"INT{bits}", bits=bits, kind="int") for bits in range(2, 9)),
+        *(Grid(name=f"UINT{bits}", bits=bits, kind="int", unsigned=True) for bits in (2, 4, 5, 6)),
         Grid(name="E2M1", bits=4, kind="float", maximum=6.0),  # OCP Microscaling Formats 1.0
         Grid(name="E4M3", bits=8, kind="float", maximum=448.0),  # OCP 8-bit floating point, the "fn" variant
         Grid(name="E8M0", bits=8, kind="exponent", maximum=2.0**127),  # OCP Microscaling Formats 1.0
@@ -52,7 +55,9 @@ class Scheme(BaseModel):
     grid: name in GRIDS. block: (rows, columns) that share one scale; 0 means the whole extent, so (1, 128) is groups of 128
     inputs, (1, 0) one scale a row, (0, 0) one a tensor, (128, 128) square blocks (the last may be ragged in rows, never in
     columns). scale: the scheme of the matrix of scales [ceil(rows / block rows), columns / block columns]; None for values
-    stored as they are. asymmetric: an unsigned integer zero point of the grid's width beside each scale.
+    stored as they are. asymmetric: an unsigned integer zero point of the grid's width beside each scale. minimum: the scheme of
+    what is taken off, one number a block, of a matrix of the same shape as the scales: a value is scale * code - minimum.
+    fixed: the grid stays what it is whatever 16-bit dtype a reader has.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +66,8 @@ class Scheme(BaseModel):
     block: tuple[int, int] = (1, 1)
     scale: Scheme | None = None
     asymmetric: bool = False
+    minimum: Scheme | None = None
+    fixed: bool = False
 
     @field_validator("grid")
     @classmethod
@@ -73,6 +80,10 @@ class Scheme(BaseModel):
     def _sound(self) -> Scheme:
         if self.asymmetric and (GRIDS[self.grid].kind != "int" or self.scale is None):
             raise ValueError("only an integer grid with scales can be asymmetric")
+        if self.asymmetric and GRIDS[self.grid].unsigned:
+            raise ValueError("a grid without negative numbers has a minimum, not a zero point")
+        if self.minimum is not None and not (GRIDS[self.grid].unsigned and self.scale is not None):
+            raise ValueError("only an unsigned integer grid with scales has minima")
         if GRIDS[self.grid].kind == "int" and self.scale is None:
             raise ValueError("an integer grid needs a scale")
         return self
@@ -88,24 +99,68 @@ class Scheme(BaseModel):
         if self.scale is not None:
             blocks = self.blocks(shape)
             total += self.scale.bits(blocks) + (blocks[0] * blocks[1] * width if self.asymmetric else 0)
+            total += 0 if self.minimum is None else self.minimum.bits(blocks)
         return total
 
     def fits(self, shape: tuple[int, int]) -> bool:
-        """Whether the blocks divide the inputs (columns) of a matrix of `shape`."""
-        return self.block[1] == 0 or shape[1] % self.block[1] == 0
+        """Whether the blocks, and blocks of these, divide the inputs (columns) of a matrix of `shape`."""
+        return shape[1] % self.run == 0
+
+    @property
+    def run(self) -> int:
+        """What the inputs must be a multiple of."""
+        within = 1 if self.scale is None else self.scale.run
+        return (self.block[1] or 1) * (within if self.block[1] else 1)
+
+    @property
+    def two_ended(self) -> bool:
+        """Whether both ends of a block's range can move alone."""
+        return self.asymmetric or self.minimum is not None
+
+    @property
+    def reader_bound(self) -> bool:
+        """Whether the dtype of the scales of the lowest level is fixed."""
+        return self.fixed or (self.scale is not None and self.scale.reader_bound)
 
     def served_in(self, dtype: str) -> Scheme:
         """The same scheme with its 16-bit scales in `dtype`, "bf16" or "fp16": the dtype a reader will hold them in."""
+        if self.fixed:
+            return self
         grid = {"BF16": dtype.upper(), "FP16": dtype.upper()}.get(self.grid, self.grid)
-        return self.model_copy(update={"grid": grid, "scale": self.scale and self.scale.served_in(dtype)})
+        parts = {name: part and part.served_in(dtype) for name, part in (("scale", self.scale), ("minimum", self.minimum))}
+        return self.model_copy(update={"grid": grid, **parts})
 
 
 _SCALE = Scheme(grid="BF16")
+_HALF = Scheme(grid="FP16", fixed=True)  # what llama.cpp holds its scales in
 
 
 def _integer(bits: int, columns: int, *, asymmetric: bool) -> Scheme:
     return Scheme(grid=f"INT{bits}", block=(1, columns), scale=_SCALE, asymmetric=asymmetric)
 
+
+def _super(grid: str, blocks: int) -> Scheme:
+    """Scales that are integers, with one scale for so many of them."""
+    return Scheme(grid=grid, block=(1, blocks), scale=_HALF)
+
+
+def _with_minimum(grid: str, columns: int, scale: Scheme) -> Scheme:
+    return Scheme(grid=grid, block=(1, columns), scale=scale, minimum=scale)
+
+
+# llama.cpp's block types, ggml-common.h: of 32 weights, and "K" of 256 in blocks of 16 or 32.
+LLAMA_CPP: dict[str, Scheme] = {
+    "Q4_0": Scheme(grid="INT4", block=(1, 32), scale=_HALF),
+    "Q4_1": _with_minimum("UINT4", 32, _HALF),
+    "Q5_0": Scheme(grid="INT5", block=(1, 32), scale=_HALF),
+    "Q5_1": _with_minimum("UINT5", 32, _HALF),
+    "Q8_0": Scheme(grid="INT8", block=(1, 32), scale=_HALF),
+    "Q2_K": _with_minimum("UINT2", 16, _super("UINT4", 16)),
+    "Q3_K": Scheme(grid="INT3", block=(1, 16), scale=_super("INT6", 16)),
+    "Q4_K": _with_minimum("UINT4", 32, _super("UINT6", 8)),
+    "Q5_K": _with_minimum("UINT5", 32, _super("UINT6", 8)),
+    "Q6_K": Scheme(grid="INT6", block=(1, 16), scale=_super("INT8", 16)),
+}
 
 # The names users type. A group of 128 is what a plain name means; "_CHANNEL" is one scale a row.
 SCHEMES: dict[str, Scheme] = {
@@ -120,6 +175,7 @@ SCHEMES: dict[str, Scheme] = {
     "MXFP4A16": Scheme(grid="E2M1", block=(1, 32), scale=Scheme(grid="E8M0")),
     "MXFP8A16": Scheme(grid="E4M3", block=(1, 32), scale=Scheme(grid="E8M0")),
     "NVFP4A16": Scheme(grid="E2M1", block=(1, 16), scale=Scheme(grid="E4M3", block=(0, 0), scale=Scheme(grid="FP32"))),
+    **LLAMA_CPP,
 }
 
 

@@ -137,7 +137,7 @@ def start_of(weight: Tensor, scheme: Scheme) -> Learned:
         # One scale a tensor is shared by its fused group, so no member may move it.
         return Learned(offset=offset)
     ones = torch.ones(blocks, device=weight.device)
-    return Learned(offset=offset, low=ones.clone() if scheme.asymmetric else None, high=ones)
+    return Learned(offset=offset, low=ones.clone() if scheme.two_ended else None, high=ones)
 
 
 @torch.no_grad()
