@@ -1,0 +1,41 @@
+"""The gguf package: its container, and its dequantization in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from torch import Tensor
+
+from bitlathe.io.checkpoint import Checkpoint
+from bitlathe.io.gguf import FILE, stored_name
+from bitlathe.readers.base import Opened
+
+
+class _File:
+    """Weights alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tensors = {tensor.name: tensor for tensor in GGUFReader(folder / FILE).tensors}
+        self.heads = {name: info.heads for name, info in Checkpoint(folder).header.items()}
+        # Our load rounds what it multiplies by to the dtype of the model.
+        self.dtype = getattr(torch, str(Checkpoint(folder).config["dtype"]))
+
+    def weight(self, linear: str, inputs: int) -> Tensor | None:
+        """See `Opened`."""
+        tensor = self.tensors[str(stored_name(f"{linear}.weight"))]
+        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        heads = self.heads[f"{linear}.weight"]
+        if heads:  # llama.cpp's order of a head's rows: the two halves, row by row
+            weight = weight.view(heads, -1, 2, inputs).transpose(1, 2).reshape(-1, inputs)
+        return weight.to(self.dtype)
+
+    def logits(self, tokens_BT: Tensor) -> Tensor | None:
+        """None: the package runs no models."""
+
+
+def opened(folder: Path) -> Opened:
+    """A GGUF folder."""
+    return _File(folder)
