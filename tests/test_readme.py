@@ -63,8 +63,20 @@ def table() -> str:
                 cells[format].append(entry)
     rows |= {option: {format: ["yes"] * accepts(format, plan) for format in FORMATS} for option, plan in BEYOND.items()}
     lines = [["scheme", *FORMATS], ["---"] * (1 + len(FORMATS))]
-    lines += [[row, *(" ".join(entries) or "no" for entries in cells.values())] for row, cells in rows.items()]
+    lines += [[", ".join(names), *cells] for cells, names in _alike(rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n*b*: the widths that are held.\n"
+
+
+def _alike(rows: dict[str, dict[str, list[str]]]) -> list[tuple[list[str], list[str]]]:
+    """Cells, and the rows that follow each other with the same."""
+    found: list[tuple[list[str], list[str]]] = []
+    for row, entries in rows.items():
+        cells = [" ".join(entry) or "no" for entry in entries.values()]
+        if found and found[-1][0] == cells:
+            found[-1][1].append(row)
+        else:
+            found.append((cells, [row]))
+    return found
 
 
 def test_the_table_is_what_the_formats_accept() -> None:

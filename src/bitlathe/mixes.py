@@ -21,8 +21,7 @@ def mix_named(name: str) -> str | None:
 
 
 def expanded(mix: str, arch: Arch, shapes: Mapping[str, tuple[int, int]], *, depth: int, tied: bool) -> dict[str, str]:
-    """Linear, or embeddings -> its type. shapes: (outputs, inputs) of all of them; tied: the head has the embeddings' "
-    "weight."""
+    """Linear or embeddings -> its type. shapes: (outputs, inputs) of them all; tied: the head has that of the embeddings."""
     types = {}
     for name, shape in shapes.items():
         if name == arch.head:
