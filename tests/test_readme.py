@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from bitlathe.errors import FormatError
 from bitlathe.formats import FORMATS
@@ -29,10 +30,10 @@ def planned(scheme: str, *, online: Rotation | None = None) -> Plan:
 
 
 # What a plan can hold beyond a scheme, by the options that ask for it.
-BEYOND = {
-    "`--rotate R1,R2`": planned("W4A16").model_copy(update={"rotations": (R1, R2)}),
-    "`--rotate R4`": planned("W4A16", online=R4).model_copy(update={"rotations": (R4,)}),
-    "`--kv KV4`": planned("W4A16").model_copy(update={"kv": KV_SCHEMES["KV4"]}),
+BEYOND: dict[str, tuple[Rotation | None, dict[str, Any]]] = {
+    "`--rotate R1,R2`": (None, {"rotations": (R1, R2)}),
+    "`--rotate R4`": (R4, {"rotations": (R4,)}),
+    "`--kv KV4`": (None, {"kv": KV_SCHEMES["KV4"]}),
 }
 
 
@@ -61,7 +62,10 @@ def table() -> str:
         for format in FORMATS:
             if accepts(format, planned(scheme)):
                 cells[format].append(entry)
-    rows |= {option: {format: ["yes"] * accepts(format, plan) for format in FORMATS} for option, plan in BEYOND.items()}
+    first = {format: next(scheme for scheme in PRESETS if accepts(format, planned(scheme))) for format in FORMATS}
+    for option, (online, more) in BEYOND.items():
+        plans = {format: planned(scheme, online=online).model_copy(update=more) for format, scheme in first.items()}
+        rows[option] = {format: ["yes"] * accepts(format, plan) for format, plan in plans.items()}
     lines = [["scheme", *FORMATS], ["---"] * (1 + len(FORMATS))]
     lines += [[", ".join(names), *cells] for cells, names in _alike(rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n*b*: the widths that are held.\n"

@@ -98,7 +98,7 @@ def refused(error: type[BitlatheError], model: Path, words: Iterable[str], **cha
     [
         ({"scheme": "W9A16"}, "unknown scheme 'W9A16'", "W4A16G32"),
         ({"overrides": {"*": "W4A17"}}, "unknown scheme 'W4A17'", "W4A16G32"),
-        ({"formats": "gguff"}, "unknown format 'gguff'", "native, compressed-tensors, dense"),
+        ({"formats": "gguff"}, "unknown format 'gguff'", "native, compressed-tensors, gptq, awq"),
         ({"formats": "native,native"}, "named twice", "native"),
         ({"tuner": "signroud"}, "unknown tuner 'signroud'", "Did you mean 'signround'?"),
         ({"itters": 3}, "unknown recipe field 'itters'", "Did you mean 'iters'?"),

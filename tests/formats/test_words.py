@@ -125,6 +125,8 @@ REFUSED: list[tuple[str, Plan, str]] = [
     ("gptq", planned("W4A16").model_copy(update={"kv": KV_SCHEMES["KV4"]}), "--kv"),
     ("gptq", plan_of({"lm_head": row_named("W4A16", "fp16")}, "fp16"), "output head"),
     ("gptq", plan_of({"a": None}, "fp16"), "dense format"),
+    ("gptq", planned("Q4_1"), "llama.cpp"),
+    ("auto-round", planned("Q4_0"), "llama.cpp"),
     ("awq", planned("W4A16"), "_ASYM"),
     ("awq", planned("W8A16_ASYM"), "4 bits"),
     ("awq", planned("W4A16_ASYM", k="W4A16G32_ASYM"), "one scheme"),

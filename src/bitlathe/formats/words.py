@@ -56,6 +56,8 @@ def reason_against(scheme: Scheme, widths: tuple[int, ...] = WIDTHS) -> str | No
         return f"readers have kernels for integers of {', '.join(map(str, widths))} bits; choose one of these"
     if scheme.block[0] != 1 or scheme.block[1] == 1 or scheme.scale is None or scheme.scale.scale is not None:
         return "there is a scale for a group of inputs, or for a row; choose such a scheme"
+    if scheme.minimum is not None or scheme.scale.fixed:
+        return "its layout is one of llama.cpp's; choose a scheme such as W4A16G32, or the format gguf"
     if scheme.scale.grid != "FP16":
         return f"readers hold scales in fp16, and its are {scheme.scale.grid}; quantize with --dtype fp16"
     return None
