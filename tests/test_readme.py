@@ -98,7 +98,9 @@ def readers() -> str:
             apart = "not shown" if not any(row["linears"] for row in own) else "none"
             apart = "by one rounding" if any(row["unequal"] for row in own) else apart
             kl = [row["kl"] for row in own if row["kl"] is not None]
-            lines.append([format, f"{name} {own[0]['version']}", apart, f"{max(0.0, *kl, 0.0):.1g}" if kl else "runs no models"])
+            lines.append(
+                [format, f"{name} {own[0]['version']}", apart, f"{max(0.0, *kl, 0.0):.1g}" if kl else "runs no models"]
+            )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -136,7 +136,7 @@ def test_spellings(field: str, typed: object, meant: object) -> None:
     [
         ({"scheme": "W9A16"}, ["'scheme'", "W9A16", "W4A16G32"]),
         ({"overrides": {"*.q_proj": "W9"}}, ["'overrides'", "W9", "W8A16"]),
-        ({"formats": "gptqq"}, ["'formats'", "gptqq", "native, compressed-tensors, dense"]),
+        ({"formats": "gptqq"}, ["'formats'", "gptqq", "native, compressed-tensors, gptq"]),
         ({"formats": "dense,fake"}, ["'formats'", "twice"]),
         ({"formats": []}, ["'formats'"]),
         ({"tuner": "singround"}, ["'tuner'", "singround", "rtn, signround", "Did you mean 'signround'?"]),

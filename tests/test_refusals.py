@@ -395,9 +395,9 @@ def test_a_source_that_is_quantized_already(model: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("sealed")
 def test_a_source_quantized_by_something_else(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": "exl3"}}
     (model / "config.json").write_text(json.dumps(config))
-    refused(CheckpointError, model, ["quantized already", "'awq'", "Use the original model"])
+    refused(CheckpointError, model, ["quantized already", "'exl3'", "Use the original model"])
 
 
 # Where the result goes

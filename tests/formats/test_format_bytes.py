@@ -17,7 +17,7 @@ from bitlathe.numerics.project import QuantTensor, dequantize
 from bitlathe.numerics.rotation import Rotation
 from bitlathe.numerics.scheme import KV_SCHEMES, PRESETS, SCHEMES, Scheme, per_token
 from bitlathe.plan import LayerPlan
-from format_samples import COLUMNS, HELD, ROWS, ROWS_BESIDE, TURNED, bits_of, layer_of, plan_of, row_named
+from format_samples import COLUMNS, ROWS, ROWS_BESIDE, TURNED, WIDE, bits_of, layer_of, plan_of, row_named
 
 
 @pytest.mark.parametrize("scheme", PRESETS)
@@ -137,7 +137,7 @@ def test_bytes_of_static_scales() -> None:
     assert CompressedTensors().encode(nv, row, "bf16")["input_global_scale"].tolist() == [2.0]
 
 
-@pytest.mark.parametrize("format", HELD.values(), ids=HELD)
+@pytest.mark.parametrize("format", WIDE.values(), ids=WIDE)
 def test_tensors_of_another_linear_are_refused(format: Format) -> None:
     row = row_named("W8A8_STATIC", "bf16")
     tensors = format.encode(layer_of(row, "bf16"), row, "bf16")
@@ -194,8 +194,8 @@ def test_dense_bytes_of_a_linear_whose_input_is_rounded() -> None:
 def test_native_refuses_other_versions_and_models() -> None:
     native, plan = Native(), plan_of({"a": SCHEMES["W4A16"], "b": None})
     stored = native.config(plan)
-    with pytest.raises(FormatError, match=r"format_version 3; .* versions 1 and 2\. "):
-        native.parse(stored | {"format_version": 3}, ["a", "b"])
+    with pytest.raises(FormatError, match=r"format_version 4; .* versions 1 and 2 and 3\. "):
+        native.parse(stored | {"format_version": 4}, ["a", "b"])
     with pytest.raises(FormatError, match="same linears: c"):
         native.parse(stored, ["a", "b", "c"])
     with pytest.raises(FormatError, match="same linears: b"):

@@ -39,7 +39,7 @@ def read_back(
     assert torch.equal(logits, made.logits)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if not name.startswith("Q")])  # those are for gguf
 def test_each_scheme(scheme: str, tmp_path: Path) -> None:
     read_back(tmp_path, {"proj": scheme})
 

@@ -112,9 +112,9 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.self_attn\.q_proj: the tensor 'weight_scale'"):
         load(tmp_path, "cpu")
-    config["quantization_config"] = {"quant_method": "gptq"}
+    config["quantization_config"] = {"quant_method": "exl3"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="gptq"):
+    with pytest.raises(CheckpointError, match="exl3"):
         load(tmp_path, "cpu")
 
 
