@@ -194,7 +194,7 @@ def test_dense_bytes_of_a_linear_whose_input_is_rounded() -> None:
 def test_native_refuses_other_versions_and_models() -> None:
     native, plan = Native(), plan_of({"a": SCHEMES["W4A16"], "b": None})
     stored = native.config(plan)
-    with pytest.raises(FormatError, match=r"format_version 4; .* versions 1 and 2 and 3\. "):
+    with pytest.raises(FormatError, match=r"format_version 4; .* versions 1, 2, 3\. "):
         native.parse(stored | {"format_version": 4}, ["a", "b"])
     with pytest.raises(FormatError, match="same linears: c"):
         native.parse(stored, ["a", "b", "c"])
