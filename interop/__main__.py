@@ -1,7 +1,7 @@
 """Read what bitlathe writes with the programs that it is written for, and compare: `make interop`.
 
 One environment is made for each outside reader (interop/requirements has the pins). For every scheme the bundled model, or,
-where rows must be longer, a random one, is quantized once into every format that holds it. Each reader then opens its folders,
+where rows must be longer, a random one, is quantized for every format that holds it. Each reader then opens its folders,
 in a process of its own, and its weights and logits are compared with ours. The table is printed and goes into docs/interop.md,
 and its rows into docs/interop.json, which the README's table is made from. The exit status is 1 if any reader sees anything
 else.

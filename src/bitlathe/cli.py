@@ -20,6 +20,7 @@ from bitlathe import options, tables
 from bitlathe.arch import ARCHS
 from bitlathe.errors import BitlatheError, RecipeError
 from bitlathe.formats import FORMATS
+from bitlathe.io.files import places_of
 from bitlathe.numerics.scheme import PRESETS
 from bitlathe.plan_file import read_plan, refuse_files, write_plan
 from bitlathe.plotting import refuse_plot
@@ -194,7 +195,7 @@ def quantize(
     fields = asked.model_dump(exclude_unset=True)
     with load(_LATE["display"])() as listen:
         bitlathe.quantize(fields.pop("model"), **fields, restart=restart, listen=listen)
-    folders = [asked.out / name for name in asked.formats] if len(asked.formats) > 1 else [asked.out]
+    folders = list(places_of(asked.out, asked.formats).values())
     # Not this call's own time: the result may be the work of several, or have been there before.
     seconds = load(_LATE["report"])(folders[0])["seconds"]
     tables.show_summary([bitlathe.inspect(folder) for folder in folders], model=asked.model, seconds=seconds)
@@ -302,8 +303,7 @@ def eval_command(
     """Perplexity, and with --against the KL divergence and top-1 agreement, each with its standard error."""
     options.refuse_tasks(tasks)
     result = bitlathe.evaluate(folder, against=against, text=text, seqlen=seqlen, windows=windows)
-    if load(_LATE["record"])(folder, result):
-        Console(stderr=True).print(f"Recorded in {folder}/report.json.", highlight=False, soft_wrap=True)
+    _tell_recorded(folder, load(_LATE["record"])(folder, result))
     if as_json:
         echo(json.dumps(result))
     else:
@@ -329,7 +329,7 @@ def convert_command(
     names = formats_named(formats or options.default("formats"))
     with load(_LATE["display"])() as listen:
         bitlathe.convert(folder, out=out, formats=names, restart=restart, listen=listen)
-    folders = [out / name for name in names] if len(names) > 1 else [out]
+    folders = list(places_of(out, names).values())
     seconds = load(_LATE["report"])(folders[0])["seconds"]
     tables.show_summary([bitlathe.inspect(each) for each in folders], model="MODEL", seconds=seconds)
 
@@ -346,8 +346,7 @@ def verify_command(
 ) -> None:
     """Open DIR in new processes, with our reader and the format's own, and compare weights and logits."""
     result = bitlathe.verify(folder, native=native)
-    if load(_LATE["note"])(folder, "verified", result):
-        Console(stderr=True).print(f"Recorded in {folder}/report.json.", highlight=False, soft_wrap=True)
+    _tell_recorded(folder, load(_LATE["note"])(folder, "verified", result))
     if as_json:
         echo(json.dumps(result))
     else:
@@ -392,6 +391,11 @@ def demo(
     with load(_LATE["display"])() as listen:
         result = load(_LATE["demo"])(out, listen=listen)
     tables.show_demo(result)
+
+
+def _tell_recorded(folder: str, recorded: bool) -> None:  # noqa: FBT001 what a function that records gave
+    if recorded:
+        Console(stderr=True).print(f"Recorded in {folder}/report.json.", highlight=False, soft_wrap=True)
 
 
 def _first_line(target: str) -> str:

@@ -19,13 +19,14 @@ from bitlathe.errors import CheckpointError
 from bitlathe.formats import FORMATS
 from bitlathe.formats.base import Format
 from bitlathe.io.checkpoint import Checkpoint
+from bitlathe.io.files import places_of
 from bitlathe.io.writer import Writer, refuse_foreign
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.source import open_model
 from bitlathe.model.weights import Weights
 from bitlathe.pipeline import encoded
 from bitlathe.plan import Plan
-from bitlathe.prepare import notes_on, refuse_nested
+from bitlathe.prepare import bytes_written, notes_on, refuse_nested, refuse_unheld
 from bitlathe.recipe import formats_named
 from bitlathe.registry import load
 from bitlathe.report import BlockReport, Listener, Note, own_report, peak_memory
@@ -56,9 +57,7 @@ class _Conversion:
         coded = {f"{name}.weight" for name in self.plan.quantized}
         header = self.weights.checkpoint.header
         kept = sum(header[name].nbytes for name in self.skeleton.shapes if name not in coded)
-        shapes = self.skeleton.matrices(self.plan.quantized)
-        rows = [(self.plan.linears[name], shapes[name]) for name in self.plan.quantized]
-        return sum(kept + sum(format.bits(*row) for row in rows) // 8 for format in self.formats.values())
+        return bytes_written(self.plan, self.skeleton, list(self.formats.values()), kept=kept)
 
     def said(self, seconds: float) -> dict[str, Any]:
         """What only this conversion can say in a report; of how the codes were made, what the folder's own says."""
@@ -92,13 +91,13 @@ def convert(
     Raises CheckpointError for a folder without codes, and FormatError where a format cannot hold the plan; both before any
     weight is read.
     """
-    tell = listen or (lambda event: None)
-    asked = _prepare(str(folder), Path(out).expanduser(), formats)
+    tell, out = listen or (lambda event: None), Path(out).expanduser()
+    asked = _prepare(str(folder), out, formats)
     for note in asked.notes:
         tell(Note(note))
     began = time.perf_counter()
     with Writer(
-        Path(out).expanduser(),
+        out,
         streams=tuple(asked.formats),
         shards=asked.skeleton.depth + 1,
         fingerprint={"convert": asked.weights.checkpoint.fingerprint(), "version": f"bitlathe {VERSION}"},
@@ -112,14 +111,12 @@ def convert(
             if index not in writer.done:
                 tell(_shard(asked, writer, index, began=began))
         said = asked.said(time.perf_counter() - began)
+        checkpoint, skeleton, plan = asked.weights.checkpoint, asked.skeleton, asked.plan
         results = {
-            name: (
-                writer.out if len(asked.formats) == 1 else writer.out / name,
-                files_of(asked.weights.checkpoint, asked.skeleton, asked.plan, writer, format, said=said),
-            )
-            for name, format in asked.formats.items()
+            name: (place, files_of(checkpoint, skeleton, plan, writer, asked.formats[name], said=said))
+            for name, place in places_of(out, list(asked.formats)).items()
         }
-        writer.finish(results, containers_of(asked.weights.checkpoint, asked.plan, asked.formats.values()))
+        writer.finish(results, containers_of(checkpoint, plan, asked.formats.values()))
     return asked.plan
 
 
@@ -138,28 +135,23 @@ def _prepare(folder: str, out: Path, formats: str | Sequence[str]) -> _Conversio
             f"{checkpoint.path} {what}, so there is nothing to convert: quantize the original, with --format for what you want"
         )
     plan = Plan(**report["plan"]) if report else weights.plan
-    for format in made.values():
-        format.check(plan, skeleton.linears, skeleton.fused)
-        if format.container is not None:
-            format.container.refuse(checkpoint.config, checkpoint.path)
+    refuse_unheld(plan, skeleton, made.values(), checkpoint)
     return _Conversion(weights, weights.format, skeleton, plan, made, report, notes_on(plan, skeleton.arch, made))
 
 
 def _shard(asked: _Conversion, writer: Writer, index: int, *, began: float) -> BlockReport:
     """One shard: its codes from the one format into the others, and what is kept as it is."""
     started, skeleton, weights = time.perf_counter(), asked.skeleton, asked.weights
-    names = skeleton.shard(index)
-    linears = [name for name in asked.plan.quantized if f"{name}.weight" in names]
-    coded = {f"{name}.weight" for name in linears}
+    names, coded = skeleton.shard(index), {f"{name}.weight": name for name in asked.plan.quantized}
     kept = weights.checkpoint.read(name for name in names if name not in coded)
-    layers = {name: weights.layer(name) for name in linears}
+    layers = {coded[name]: weights.layer(coded[name]) for name in names if name in coded}
     ram, vram = peak_memory(weights.device)
     now = time.perf_counter()
     report = BlockReport(
         block=index,
         blocks=skeleton.depth,
         name=skeleton.blocks[index] if index < skeleton.depth else "head",
-        linears=len(linears),
+        linears=len(layers),
         loss_before=None,
         loss_after=None,
         seconds=now - started,

@@ -98,15 +98,10 @@ class Prepared:
         plan = self.plan
         if self.space is not None and self.found is None and self.recipe.bits is not None:
             plan = self.space.planned(self.space.full(self.recipe.bits))
-        rows = {name: plan.linears[name] for name in plan.quantized}
-        names = {f"{name}.weight" for name in rows}
+        names = {f"{name}.weight" for name in plan.quantized}
         kept = sum(2 * prod(shape) for name, shape in self.skeleton.shapes.items() if name not in names)
         streams: list[Format] = [named(name, FORMATS, "format")() for name in self.streams]
-        # What becomes one file is there twice until that is whole.
-        streams += [stream for stream in streams if stream.container is not None]
-        shapes = self.skeleton.matrices(rows)
-        bits = sum(stream.bits(row, shapes[name]) for stream in streams for name, row in rows.items())
-        return bits // 8 + len(streams) * kept + self._bytes_spilled()
+        return bytes_written(plan, self.skeleton, streams, kept=kept) + self._bytes_spilled()
 
     def _bytes_spilled(self) -> int:
         if self.tokens is None:
@@ -160,10 +155,7 @@ def prepare_search(recipe: Recipe, budgets: Sequence[float]) -> Prepared:
     else:
         plan, reasons = planned(recipe, skeleton, dtype)
     skeleton = skeleton.untie() if plan.untied else skeleton
-    for format in formats.values():
-        format.check(plan, skeleton.linears, skeleton.fused)
-        if format.container is not None:
-            format.container.refuse(checkpoint.config, checkpoint.path)
+    refuse_unheld(plan, skeleton, formats.values(), checkpoint)
     ready = Prepared(recipe, skeleton, weights, plan, reasons, formats, tuner, Text(), (), space).planned(plan)
     reads = ready.text_streams or recipe.rotation_trials > 1 or space is not None
     text, told = _calibration(recipe, skeleton, checkpoint.path, searched=space is not None) if reads else (Text(), ())
@@ -172,6 +164,23 @@ def prepare_search(recipe: Recipe, budgets: Sequence[float]) -> Prepared:
         why = f", which readers of {', '.join(recipe.formats)} hold scales in" if dtype in forced else ""
         notes = (*notes, f"the model is stored in {stored}; the result and everything measured on the way is in {dtype}{why}")
     return replace(ready, text=text, notes=notes)
+
+
+def refuse_unheld(plan: Plan, skeleton: Skeleton, formats: Iterable[Format], checkpoint: Checkpoint) -> None:
+    """Raise FormatError where a format cannot hold a plan, or the one file that it makes not the model of `checkpoint`."""
+    for format in formats:
+        format.check(plan, skeleton.linears, skeleton.fused)
+        if format.container is not None:
+            format.container.refuse(checkpoint.config, checkpoint.path)
+
+
+def bytes_written(plan: Plan, skeleton: Skeleton, formats: Sequence[Format], *, kept: int) -> int:
+    """What a plan takes on the disk in all of `formats`, without headers and small files. kept: bytes of what has no codes."""
+    # What becomes one file is there twice until that is whole.
+    streams = [*formats, *(format for format in formats if format.container is not None)]
+    shapes = skeleton.matrices(plan.quantized)
+    bits = sum(stream.bits(plan.linears[name], shapes[name]) for stream in streams for name in plan.quantized)
+    return bits // 8 + len(streams) * kept
 
 
 def notes_on(plan: Plan, arch: Arch, formats: Iterable[str]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from bitlathe.formats import CONFIG_KEYS
 from bitlathe.formats.base import Format, Source
 from bitlathe.formats.ct_experts import read_alone
 from bitlathe.io.checkpoint import CONFIG, Checkpoint
+from bitlathe.io.files import places_of
 from bitlathe.io.writer import REPORT, TOOL, Writer
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.plan import Plan
@@ -28,19 +29,15 @@ _VERSIONS = ("torch", "transformers", "safetensors", "compressed-tensors")
 def finish(ready: Prepared, writer: Writer, *, seconds: float) -> None:
     """Give every format its files and move everything to its place."""
     results: dict[str, tuple[Path | None, dict[str, bytes]]] = {CODES: (None, {})}
-    for name, format in ready.formats.items():
-        results[name] = (_folder(ready, name), _files(ready, writer, name, format, seconds=seconds))
+    for name, folder in places_of(ready.recipe.out, ready.recipe.formats).items():
+        results[name] = (folder, _files(ready, writer, ready.formats[name], seconds=seconds))
     writer.finish(results, containers_of(ready.weights.checkpoint, ready.plan, ready.formats.values()))
 
 
 def plan_of_finished(ready: Prepared) -> Plan:
     """The plan of the result that is there already: with the signs that its run chose, where the recipe has some drawn."""
-    return Plan(**read_report(_folder(ready, next(iter(ready.formats))))["plan"])
-
-
-def _folder(ready: Prepared, name: str) -> Path:
-    """Where the result in a format lies."""
-    return ready.recipe.out if len(ready.formats) == 1 else ready.recipe.out / name
+    (folder, *_) = places_of(ready.recipe.out, ready.recipe.formats).values()
+    return Plan(**read_report(folder)["plan"])
 
 
 def _calibration(ready: Prepared) -> dict[str, Any] | None:
@@ -51,7 +48,7 @@ def _calibration(ready: Prepared) -> dict[str, Any] | None:
     return {"text": ready.recipe.calib, "windows": windows, "seqlen": seqlen}
 
 
-def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, seconds: float) -> dict[str, bytes]:
+def _files(ready: Prepared, writer: Writer, format: Format, *, seconds: float) -> dict[str, bytes]:
     """The small files of one result by name."""
     checkpoint = ready.weights.checkpoint
     said = {

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from torch import Tensor
 
 from bitlathe.errors import FormatError
-from bitlathe.formats.base import Container, QuantLayer
-from bitlathe.formats.gptq import HEADS, facts_of, most_of, refuse_two_kinds, scheme_of
-from bitlathe.formats.stored import bits_of, refuse_beyond_weights, refuse_rows, refuse_split_groups
-from bitlathe.formats.words import AWQ, Words, bits_of_codes, decode, encode, layout_of, misfit, reason_against
-from bitlathe.numerics.activation import StaticScale
+from bitlathe.formats.base import QuantLayer
+from bitlathe.formats.gptq import HEADS, facts_of, refuse_two_kinds, scheme_of
+from bitlathe.formats.stored import most_of, refuse_beyond_weights, refuse_rows, refuse_split_groups
+from bitlathe.formats.words import AWQ, InWords, Words, bits_of_codes, decode, misfit, reason_against
 from bitlathe.numerics.scheme import Scheme
 from bitlathe.plan import LayerPlan, Plan
 
@@ -33,12 +32,10 @@ _WIDTHS = (2, 3, 4, 5, 6, 8)
 _KEPT = 16  # bits, at which the package keeps a linear
 
 
-class AutoRound:
+class AutoRound(InWords):
     """auto-round: integers of 2 to 6 and 8 bits, mixed, for that package through transformers."""
 
     name = "auto-round"
-    dtype: ClassVar[Literal["bf16", "fp16"] | None] = "fp16"
-    container: Container | None = None
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError for what the layout or the configuration has no words for."""
@@ -47,25 +44,18 @@ class AutoRound:
         refuse_two_kinds(plan, self.name)
         refuse_split_groups(plan, fused, self.name)
 
-    def bits(self, row: LayerPlan, shape: tuple[int, int]) -> int:
-        """Those of codes, scales and zero points, which symmetric schemes have too."""
-        assert row.weight is not None
-        return bits_of(layout_of(row.weight, shape, _words(row.weight)))
-
-    def encode(self, layer: QuantLayer, row: LayerPlan, dtype: str) -> dict[str, Tensor]:
-        """See words.py."""
-        return encode(layer.weight, _words(layer.weight.scheme))
+    def words(self, scheme: Scheme) -> Words:
+        """GPTQ's without indices."""
+        return _ASYMMETRIC if scheme.asymmetric else _SYMMETRIC
 
     def decode(self, tensors: Mapping[str, Tensor], row: LayerPlan, shape: tuple[int, int]) -> QuantLayer:
         """The inverse of `encode`, and of how the package writes asymmetric codes of 4 bits. Raises CheckpointError for tensors
         that are not of this row and shape."""
         assert row.weight is not None
         codes = tensors.get("qweight")
-        across = row.weight.asymmetric and bits_of_codes(row.weight) == 4 and codes is not None and len(codes) == shape[1]
-        return QuantLayer(decode(tensors, row.weight, shape, AWQ if across else _words(row.weight)))
-
-    def decode_input(self, tensors: Mapping[str, Tensor], row: LayerPlan) -> StaticScale | None:
-        """None: activations are not quantized."""
+        if row.weight.asymmetric and bits_of_codes(row.weight) == 4 and codes is not None and len(codes) == shape[1]:
+            return QuantLayer(decode(tensors, row.weight, shape, AWQ))
+        return super().decode(tensors, row, shape)
 
     def config(self, plan: Plan) -> dict[str, Any]:
         """What most linears have, and in `extra_config` the others by their names."""
@@ -76,7 +66,7 @@ class AutoRound:
             "quant_method": METHOD,
             **facts_of(most),
             "data_type": "int",
-            "packing_format": _PACKING[_words(most)],
+            "packing_format": _PACKING[self.words(most)],
             "autoround_version": _VERSION,
             "block_name_to_quantize": _blocks(plan),
             "extra_config": {name: (kept | others)[name] for name in plan.linears if name in kept | others},
@@ -102,20 +92,16 @@ class AutoRound:
         found = config.get("packing_format")
         in_fours = {bits_of_codes(scheme) for scheme in plan.quantized.values()} == {4}
         across = found == _PACKING[AWQ] and in_fours and most_of(plan).asymmetric
-        if not across and found != _PACKING[_words(most_of(plan))]:
+        if not across and found != _PACKING[self.words(most_of(plan))]:
             raise FormatError(
                 f"auto-round with packing_format {found!r} is not read here: of these schemes it is "
-                f"{_PACKING[_words(most_of(plan))]!r}. Load it with the auto-round package"
+                f"{_PACKING[self.words(most_of(plan))]!r}. Load it with the auto-round package"
             )
         return plan
 
 
 def _reason(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     return reason_against(scheme, _WIDTHS) or misfit(scheme, shape)
-
-
-def _words(scheme: Scheme) -> Words:
-    return _ASYMMETRIC if scheme.asymmetric else _SYMMETRIC
 
 
 def _blocks(plan: Plan) -> str:

@@ -7,30 +7,23 @@ GPTQ.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
-
-from torch import Tensor
+from typing import Any
 
 from bitlathe.errors import FormatError
-from bitlathe.formats.base import Container, QuantLayer
-from bitlathe.formats.gptq import HEADS, facts_of, scheme_of
-from bitlathe.formats.stored import bits_of, refuse_beyond_weights, refuse_rows, some
-from bitlathe.formats.words import AWQ, decode, encode, layout_of, misfit, reason_against
-from bitlathe.numerics.activation import StaticScale
+from bitlathe.formats.gptq import HEADS, facts_of, kept_by_name, scheme_of
+from bitlathe.formats.stored import refuse_beyond_weights, refuse_rows, some
+from bitlathe.formats.words import AWQ, InWords, Words, misfit, reason_against
 from bitlathe.numerics.scheme import Scheme, name_of
 from bitlathe.plan import LayerPlan, Plan
 
 METHOD = "awq"
 
 
-class Awq:
+class Awq(InWords):
     """AWQ: integers of 4 bits with zero points, for vLLM, transformers and GPTQModel."""
 
     name = "awq"
-    dtype: ClassVar[Literal["bf16", "fp16"] | None] = "fp16"
-    container: Container | None = None
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError for what the layout or the configuration has no words for."""
@@ -44,22 +37,9 @@ class Awq:
             )
         _refuse_parts(plan)
 
-    def bits(self, row: LayerPlan, shape: tuple[int, int]) -> int:
-        """Those of codes, scales and zero points."""
-        assert row.weight is not None
-        return bits_of(layout_of(row.weight, shape, AWQ))
-
-    def encode(self, layer: QuantLayer, row: LayerPlan, dtype: str) -> dict[str, Tensor]:
-        """See words.py."""
-        return encode(layer.weight, AWQ)
-
-    def decode(self, tensors: Mapping[str, Tensor], row: LayerPlan, shape: tuple[int, int]) -> QuantLayer:
-        """The inverse of `encode`. Raises CheckpointError for tensors that are not of this row and shape."""
-        assert row.weight is not None
-        return QuantLayer(decode(tensors, row.weight, shape, AWQ))
-
-    def decode_input(self, tensors: Mapping[str, Tensor], row: LayerPlan) -> StaticScale | None:
-        """None: activations are not quantized."""
+    def words(self, scheme: Scheme) -> Words:
+        """AWQ's own."""
+        return AWQ
 
     def config(self, plan: Plan) -> dict[str, Any]:
         """The scheme, and the names of what is kept."""
@@ -72,9 +52,7 @@ class Awq:
             "zero_point": True,
             "modules_to_not_convert": [name for name, row in plan.linears.items() if row.weight is None],
             # GPTQModel reads what is kept here, and not there.
-            "dynamic": {
-                f"-:^{re.escape(name)}$": {} for name, row in plan.linears.items() if row.weight is None and name not in HEADS
-            },
+            "dynamic": kept_by_name(plan),
         }
 
     def parse(self, config: Mapping[str, Any], linears: list[str]) -> Plan:

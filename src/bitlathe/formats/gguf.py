@@ -97,7 +97,8 @@ class Gguf:
         unknown = [name for name in types if name not in LLAMA_CPP]
         rows = {linear: LayerPlan(weight=LLAMA_CPP[name]) for name in types if name in LLAMA_CPP for linear in types[name]}
         rows |= {linear: LayerPlan() for linear in config.get("kept", [])}
-        strange = [name for name in (*linears, *rows) if (name in rows) != (name in set(linears))]
+        there = set(linears)
+        strange = [name for name in (*linears, *rows) if (name in rows) != (name in there)]
         if unknown or strange:
             raise FormatError(
                 f"the quantization_config and the model do not have the same linears and types: {some([*unknown, *strange])}. "

@@ -18,6 +18,7 @@ from bitlathe.errors import FormatError
 from bitlathe.formats.base import Source
 from bitlathe.formats.gguf_blocks import type_of
 from bitlathe.formats.gguf_tokenizer import add_tokenizer, refuse_tokenizer
+from bitlathe.io.checkpoint import DTYPES
 from bitlathe.io.gguf import FILE, heads_of, stored_name
 from bitlathe.io.tensor_info import to_pairs
 
@@ -121,7 +122,7 @@ def _place(name: str, stored: Any, source: Source) -> tuple[Sequence[int], GGMLQ
         return shape, GGMLQuantizationType[kind], shape[0] * shape[1]
     if len(shape) == 1:
         return shape, GGMLQuantizationType.F32, 4 * shape[0]
-    kept = _KEPT[{"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[view.get_dtype()]]
+    kept = _KEPT[DTYPES[view.get_dtype()]]
     nbytes = shape[0] * shape[1] * (4 if kept == GGMLQuantizationType.F32 else 2)
     return ([shape[0], 2 * shape[1]] if kept == GGMLQuantizationType.BF16 else shape), kept, nbytes
 

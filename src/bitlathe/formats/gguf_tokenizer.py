@@ -20,7 +20,6 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     read = _read(folder, "tokenizer.json")
     if not read:
         writer.add_tokenizer_model("no_vocab")
-        writer.add_vocab_size(size)
         return
     said, model = _read(folder, "tokenizer_config.json"), read["model"]
     added = {token["id"]: token for token in read.get("added_tokens", [])}
@@ -38,12 +37,15 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     if not bytes_too:
         writer.add_token_merges(merges)
     numbers = {text: number for number, text in texts.items()}
-    ends = {name: numbers.get(_content(said.get(f"{name}_token"))) for name in ("bos", "eos", "unk", "pad")}
-    for name, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id), ("unk", writer.add_unk_token_id)):
-        if (number := ends[name]) is not None:
+    ends = {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "unk": writer.add_unk_token_id,
+        "pad": writer.add_pad_token_id,
+    }
+    for name, add in ends.items():
+        if (number := numbers.get(_content(said.get(f"{name}_token")))) is not None:
             add(number)
-    if (number := ends["pad"]) is not None:
-        writer.add_pad_token_id(number)
     writer.add_add_bos_token(_begins_with(read, _content(said.get("bos_token"))))
     writer.add_add_space_prefix(_prefixes(read))
     template = said.get("chat_template")

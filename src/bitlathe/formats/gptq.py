@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
-
-from torch import Tensor
+from typing import Any
 
 from bitlathe.arch import ARCHS
 from bitlathe.errors import FormatError
-from bitlathe.formats.base import Container, QuantLayer
-from bitlathe.formats.stored import bits_of, refuse_beyond_weights, refuse_rows, refuse_split_groups
-from bitlathe.formats.words import V1, V2, WIDTHS, Words, bits_of_codes, decode, encode, layout_of, misfit, reason_against
-from bitlathe.numerics.activation import StaticScale
+from bitlathe.formats.stored import most_of, refuse_beyond_weights, refuse_rows, refuse_split_groups
+from bitlathe.formats.words import V1, V2, WIDTHS, InWords, Words, bits_of_codes, misfit, reason_against
 from bitlathe.numerics.scheme import Scheme
 from bitlathe.plan import LayerPlan, Plan
 
@@ -28,12 +24,10 @@ HEADS = frozenset(arch.head for arch in ARCHS.values())
 _VERSIONS: dict[Words, str] = {V1: "gptq", V2: "gptq_v2"}
 
 
-class Gptq:
+class Gptq(InWords):
     """GPTQ: integers of 2, 3, 4 and 8 bits, for GPTQModel, transformers and vLLM."""
 
     name = "gptq"
-    dtype: ClassVar[Literal["bf16", "fp16"] | None] = "fp16"
-    container: Container | None = None
 
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError for what the layout or the configuration has no words for."""
@@ -42,27 +36,14 @@ class Gptq:
         refuse_two_kinds(plan, self.name)
         refuse_split_groups(plan, fused, self.name)
 
-    def bits(self, row: LayerPlan, shape: tuple[int, int]) -> int:
-        """Those of codes, scales and zero points, which symmetric schemes have too, and of the groups' indices."""
-        assert row.weight is not None
-        return bits_of(layout_of(row.weight, shape, _words(row.weight)))
-
-    def encode(self, layer: QuantLayer, row: LayerPlan, dtype: str) -> dict[str, Tensor]:
-        """See words.py."""
-        return encode(layer.weight, _words(layer.weight.scheme))
-
-    def decode(self, tensors: Mapping[str, Tensor], row: LayerPlan, shape: tuple[int, int]) -> QuantLayer:
-        """The inverse of `encode`. Raises CheckpointError for tensors that are not of this row and shape."""
-        assert row.weight is not None
-        return QuantLayer(decode(tensors, row.weight, shape, _words(row.weight)))
-
-    def decode_input(self, tensors: Mapping[str, Tensor], row: LayerPlan) -> StaticScale | None:
-        """None: activations are not quantized."""
+    def words(self, scheme: Scheme) -> Words:
+        """The first version where zero points are the middle of the grid, otherwise the second."""
+        return V2 if scheme.asymmetric else V1
 
     def config(self, plan: Plan) -> dict[str, Any]:
         """What most linears have, and in `dynamic` the others by their names."""
         most = most_of(plan)
-        kept = {f"-:^{re.escape(name)}$": {} for name, row in plan.linears.items() if row.weight is None and name not in HEADS}
+        kept = kept_by_name(plan)
         others = {f"+:^{re.escape(name)}$": facts_of(scheme) for name, scheme in plan.quantized.items() if scheme != most}
         return {
             "quant_method": METHOD,
@@ -70,7 +51,7 @@ class Gptq:
             "desc_act": False,
             "lm_head": False,
             "pack_dtype": "int32",
-            "checkpoint_format": _VERSIONS[_words(most)],
+            "checkpoint_format": _VERSIONS[self.words(most)],
             **({"dynamic": kept | others} if kept or others else {}),
         }
 
@@ -86,7 +67,7 @@ class Gptq:
             rows[name] = LayerPlan() if kept else LayerPlan(weight=scheme_of({**config, **(found or {})}, self.name))
         plan = Plan(linears=rows, dtype="fp16")
         refuse_two_kinds(plan, self.name)
-        version, wanted = config.get("checkpoint_format", "gptq"), _VERSIONS[_words(most_of(plan))]
+        version, wanted = config.get("checkpoint_format", "gptq"), _VERSIONS[self.words(most_of(plan))]
         if version != wanted:
             raise FormatError(
                 f"its checkpoint_format is {version!r} with sym {config.get('sym')}; what is read here is symmetric in 'gptq' "
@@ -105,12 +86,9 @@ def refuse_two_kinds(plan: Plan, format_name: str) -> None:
         )
 
 
-def most_of(plan: Plan) -> Scheme:
-    """The scheme that most of a plan's linears have."""
-    schemes = list(plan.quantized.values())
-    if not schemes:
-        raise FormatError("no linear is quantized by what its quantization_config says, so there is nothing to read")
-    return max(dict.fromkeys(schemes), key=schemes.count)
+def kept_by_name(plan: Plan) -> dict[str, dict[str, Any]]:
+    """What `dynamic` says of the linears that are kept; of heads it says nothing."""
+    return {f"-:^{re.escape(name)}$": {} for name, row in plan.linears.items() if row.weight is None and name not in HEADS}
 
 
 def facts_of(scheme: Scheme) -> dict[str, Any]:
@@ -128,10 +106,6 @@ def scheme_of(facts: Mapping[str, Any], format_name: str, widths: tuple[int, ...
         )
     block = (1, 0 if size == -1 else size)
     return Scheme(grid=f"INT{bits}", block=block, scale=Scheme(grid="FP16"), asymmetric=not sym)
-
-
-def _words(scheme: Scheme) -> Words:
-    return V2 if scheme.asymmetric else V1
 
 
 def _override(dynamic: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:

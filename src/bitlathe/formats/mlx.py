@@ -18,7 +18,6 @@ names every linear that is not stored as most are. mlx-lm stacks experts, and in
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -28,7 +27,7 @@ from torch import Tensor
 from bitlathe.arch import ARCHS
 from bitlathe.errors import CheckpointError, FormatError
 from bitlathe.formats.base import Container, QuantLayer
-from bitlathe.formats.stored import Layout, bits_of, refuse_split_groups, some, take
+from bitlathe.formats.stored import Layout, bits_of, most_of, refuse_split_groups, some, take
 from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.bits import pack, unpack
 from bitlathe.numerics.project import QuantTensor
@@ -115,8 +114,7 @@ class Mlx:
 
     def config(self, plan: Plan) -> dict[str, Any]:
         """What most linears have, and by name what the others have: False for one that is kept."""
-        schemes = Counter(plan.quantized.values())
-        common = max(schemes, key=lambda scheme: schemes[scheme])
+        common = most_of(plan)
         others = {name: row.weight for name, row in plan.linears.items() if row.weight != common}
         named = {name: scheme is not None and _said(scheme) for name, scheme in others.items()}
         return {"quant_method": METHOD, **_said(common), **named}

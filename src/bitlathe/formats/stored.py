@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Mapping
 from math import prod
 
@@ -73,6 +74,14 @@ def refuse_rows(
     if refused:
         told = "; ".join(f"{some(names)}, {why}" for why, names in refused.items())
         raise FormatError(f"{format_name} cannot hold {told}. The native format holds every scheme")
+
+
+def most_of(plan: Plan) -> Scheme:
+    """The scheme that most of a plan's linears have, the first of them if there are more."""
+    counts = Counter(plan.quantized.values())
+    if not counts:
+        raise FormatError("no linear is quantized by what its quantization_config says, so there is nothing to read")
+    return max(counts, key=lambda scheme: counts[scheme])
 
 
 def refuse_split_groups(plan: Plan, fused: Mapping[str, str], format_name: str) -> None:

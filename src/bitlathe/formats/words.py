@@ -11,17 +11,22 @@ Symmetric codes are stored with the middle of the grid added.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from bitlathe.errors import CheckpointError
-from bitlathe.formats.stored import Layout, take
+from bitlathe.formats.base import Container, QuantLayer
+from bitlathe.formats.stored import Layout, bits_of, take
+from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.bits import pack, unpack
 from bitlathe.numerics.project import QuantTensor
 from bitlathe.numerics.scheme import GRIDS, Scheme
+from bitlathe.plan import LayerPlan
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,35 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
         codes = (codes - middle).view(torch.int8)
     scale = QuantTensor(scheme.scale, scheme.blocks(shape), found["scales"].T.contiguous())
     return QuantTensor(scheme, shape, codes.contiguous(), scale, zero)
+
+
+class InWords(ABC):
+    """What formats whose linears are stored in words have in common."""
+
+    dtype: ClassVar[Literal["bf16", "fp16"] | None] = "fp16"
+    container: Container | None = None
+
+    @abstractmethod
+    def words(self, scheme: Scheme) -> Words:
+        """The layout of linears of a scheme."""
+
+    def bits(self, row: LayerPlan, shape: tuple[int, int]) -> int:
+        """Those of codes, scales and zero points, which symmetric schemes have too, and of the groups' indices if stored."""
+        assert row.weight is not None
+        return bits_of(layout_of(row.weight, shape, self.words(row.weight)))
+
+    def encode(self, layer: QuantLayer, row: LayerPlan, dtype: str) -> dict[str, Tensor]:
+        """The words of a linear."""
+        return encode(layer.weight, self.words(layer.weight.scheme))
+
+    def decode(self, tensors: Mapping[str, Tensor], row: LayerPlan, shape: tuple[int, int]) -> QuantLayer:
+        """The inverse of `encode`. Raises CheckpointError for tensors that are not of this row and shape."""
+        assert row.weight is not None
+        return QuantLayer(decode(tensors, row.weight, shape, self.words(row.weight)))
+
+    def decode_input(self, tensors: Mapping[str, Tensor], row: LayerPlan) -> StaticScale | None:
+        """None: activations are not quantized."""
+        return None
 
 
 def _groups(scheme: Scheme, shape: tuple[int, int]) -> Tensor:

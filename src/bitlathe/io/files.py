@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,11 @@ def replace_file(path: Path, content: bytes) -> None:
     """Put `content` in the place of a file, all of it or nothing."""
     with write_aside(path) as aside:
         aside.write_bytes(content)
+
+
+def places_of(out: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Name -> the folder of its result: `out` itself for one alone, otherwise one in it for each."""
+    return {name: out if len(names) == 1 else out / name for name in names}
 
 
 @contextmanager

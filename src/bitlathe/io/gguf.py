@@ -14,27 +14,20 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
 from bitlathe.errors import CheckpointError
 from bitlathe.io.tensor_info import TensorInfo
 
 FILE = "model.gguf"
 _MAGIC, _VERSION = b"GGUF", 3
 
+_PLAIN = ("F32", "F16", "BF16")
+_BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 # llama.cpp's number of a type -> what it is read as, weights of a block, and its bytes.
 _TYPES: dict[int, tuple[str, int, int]] = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    30: ("BF16", 1, 2),
-    2: ("U8", 32, 18),
-    3: ("U8", 32, 20),
-    6: ("U8", 32, 22),
-    7: ("U8", 32, 24),
-    8: ("U8", 32, 34),
-    10: ("U8", 256, 84),
-    11: ("U8", 256, 110),
-    12: ("U8", 256, 144),
-    13: ("U8", 256, 176),
-    14: ("U8", 256, 210),
+    int(kind): (kind.name if kind.name in _PLAIN else "U8", *GGML_QUANT_SIZES[kind])
+    for kind in map(GGMLQuantizationType.__getitem__, (*_PLAIN, *_BLOCKS))
 }
 # Number of a kind of value -> how struct says it.
 _NUMBERS: dict[int, str] = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

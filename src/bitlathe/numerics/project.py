@@ -24,7 +24,20 @@ from torch.autograd import Function
 from bitlathe.errors import CheckpointError
 from bitlathe.numerics.grids import decode, encode, limits, snap, step
 from bitlathe.numerics.refit import refit
-from bitlathe.numerics.scales import Learned, Scales, cut, ends_of, join, leaf, nested, plain_ends, saturates, scales_of, spread
+from bitlathe.numerics.scales import (
+    Learned,
+    Scales,
+    cut,
+    ends_of,
+    join,
+    leaf,
+    nested,
+    plain_ends,
+    saturates,
+    scales_of,
+    spread,
+    symmetric_scale,
+)
 from bitlathe.numerics.scheme import GRIDS, Scheme
 
 __all__ = ["Learned", "QuantTensor", "dequantize", "fake_quantize", "quantize", "search"]
@@ -320,8 +333,7 @@ def search(w: Tensor, scheme: Scheme, importance: Tensor | None = None, peak: Te
 def _refit_part(part: _Part) -> tuple[Tensor, Tensor]:
     """Multiples of the plain minimum and scale of each block, where these are fitted one after the other."""
     scheme, ones = part.scheme, torch.ones_like(part.ends[0])
-    low, high = part.ends
-    off, plain_step = None, torch.where(high > -low, high, low) * -(2.0 ** (1 - GRIDS[scheme.grid].bits))
+    off, plain_step = None, symmetric_scale(part.ends, GRIDS[scheme.grid])
     if scheme.minimum is not None:
         off, plain_step = plain_ends(part.ends, scheme)
     fitted = refit(part.blocks[:, 0], part.importance[:, 0], scheme, plain=(plain_step, off))

@@ -132,8 +132,7 @@ def scales_of(ends: tuple[Tensor, Tensor], scheme: Scheme, learned: Learned, pea
     if scheme.minimum is not None:
         return _with_minimum(ends, scheme, scheme.minimum, learned)
     if grid.kind == "int":
-        # Signed full range: the value of largest magnitude becomes -2^(b-1), so that every code is used.
-        target = torch.where(high > -low, high, low) * -(2.0 ** (1 - grid.bits))
+        target = symmetric_scale(ends, grid)
     else:
         target = torch.maximum(high, -low)
         if peak is not None and scheme.block == (0, 0):
@@ -144,6 +143,12 @@ def scales_of(ends: tuple[Tensor, Tensor], scheme: Scheme, learned: Learned, pea
     if learned.high is not None:
         target = target * learned.high
     return _settle(target, scheme, None if peak is None or not nested(scheme) else peak.float() / grid.maximum)
+
+
+def symmetric_scale(ends: tuple[Tensor, Tensor], grid: Grid) -> Tensor:
+    """Signed full range: the value of largest magnitude becomes -2^(b-1), so that every code is used."""
+    low, high = ends
+    return torch.where(high > -low, high, low) * -(2.0 ** (1 - grid.bits))
 
 
 def _asymmetric(low: Tensor, high: Tensor, scheme: Scheme, learned: Learned) -> Scales:

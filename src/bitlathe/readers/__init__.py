@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from bitlathe.formats import FORMATS
+
 
 class Reader(NamedTuple):
     """target: "module:function" that opens a folder. package: what it needs, by its name on PyPI. module: the same, as it is
@@ -21,15 +23,8 @@ class Reader(NamedTuple):
 
 
 READERS: dict[str, Reader] = {
-    "bitlathe": Reader(
-        "bitlathe.readers.own:opened",
-        "bitlathe",
-        "bitlathe",
-        ("native", "compressed-tensors", "dense", "gptq", "awq", "auto-round", "gguf", "mlx", "fp8"),
-    ),
-    "transformers": Reader(
-        "bitlathe.readers.plain:opened", "transformers", "transformers", ("dense", "compressed-tensors", "fp8")
-    ),
+    "bitlathe": Reader("bitlathe.readers.own:opened", "bitlathe", "bitlathe", tuple(FORMATS)),
+    "transformers": Reader("bitlathe.readers.plain:opened", "transformers", "transformers", ("dense", "compressed-tensors")),
     "transformers with bitlathe.hf": Reader(
         "bitlathe.readers.taught:opened", "transformers", "transformers", ("native", "dense", "compressed-tensors")
     ),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.io.gguf import FILE, stored_name
+from bitlathe.io.tensor_info import from_pairs
 from bitlathe.readers.base import Opened
 
 
@@ -28,9 +29,7 @@ class _File:
         tensor = self.tensors[str(stored_name(f"{linear}.weight"))]
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         heads = self.heads[f"{linear}.weight"]
-        if heads:  # llama.cpp's order of a head's rows: the two halves, row by row
-            weight = weight.view(heads, -1, 2, inputs).transpose(1, 2).reshape(-1, inputs)
-        return weight.to(self.dtype)
+        return (from_pairs(weight, heads) if heads else weight).to(self.dtype)
 
     def logits(self, tokens_BT: Tensor) -> Tensor | None:
         """None: the package runs no models."""
