@@ -37,6 +37,7 @@ _LATE: dict[str, str] = {
     "report": "bitlathe.report:read_report",
     "record": "bitlathe.report:record_evaluation",
     "demo": "bitlathe.demo:demo",
+    "tasks": "bitlathe.evaluation.tasks:measure_tasks",
 }
 
 
@@ -175,6 +176,8 @@ def quantize(
     scores: options.Scores = None,
     named: options.Named = None,
     tasks: options.Tasks = None,
+    limit: options.Limit = None,
+    shots: options.Shots = None,
     restart: Annotated[
         bool, Option("--restart", show_default="off", help="Throw away what an earlier run left in --out, finished or not.")
     ] = False,
@@ -182,7 +185,7 @@ def quantize(
     """Quantize MODEL into a folder. Stopped at any moment, the same command continues."""
     given = locals().copy()  # before anything else has a name
     given["model"] = options.one_model(model, named)
-    options.refuse_tasks(tasks)
+    measured = options.tasks_asked(tasks, limit, shots)
     if enable_alg_ext:
         given["signround"] = {"start": "searched"}
     asked = options.asked(given, recipe, sets, read_plan(plan) if plan else None)
@@ -195,6 +198,11 @@ def quantize(
     # Not this call's own time: the result may be the work of several, or have been there before.
     seconds = load(_LATE["report"])(folders[0])["seconds"]
     tables.show_summary([bitlathe.inspect(folder) for folder in folders], model=asked.model, seconds=seconds)
+    if measured is not None:
+        answers = load(_LATE["tasks"])(folders, measured, against=asked.model, device=asked.device)
+        for folder, found in zip(folders, answers, strict=True):
+            load(_LATE["record"])(folder, {"tasks": found})
+            tables.show_tasks(found, folder=str(folder))
 
 
 @app.command()
@@ -292,17 +300,24 @@ def eval_command(
         int | None, Option(metavar="N", show_default="all", help="Windows to measure, from the text's beginning.")
     ] = None,
     tasks: options.Tasks = None,
+    limit: options.Limit = None,
+    shots: options.Shots = None,
     as_json: options.Json = False,
 ) -> None:
-    """Perplexity, and with --against the KL divergence and top-1 agreement, each with its standard error."""
-    options.refuse_tasks(tasks)
+    """Perplexity, and with --against the KL divergence and top-1 agreement; then --tasks. Each with its standard error."""
+    measured = options.tasks_asked(tasks, limit, shots)
     result = bitlathe.evaluate(folder, against=against, text=text, seqlen=seqlen, windows=windows)
-    if load(_LATE["record"])(folder, result):
+    recorded = load(_LATE["record"])(folder, result)
+    if measured is not None:
+        result |= {"tasks": load(_LATE["tasks"])([folder], measured, against=against)[0]}
+        recorded |= load(_LATE["record"])(folder, result)
+    if recorded:
         Console(stderr=True).print(f"Recorded in {folder}/report.json.", highlight=False, soft_wrap=True)
     if as_json:
         echo(json.dumps(result))
     else:
         tables.show_evaluation(result)
+        tables.show_tasks(result.get("tasks", {}), folder=folder)
 
 
 @app.command("inspect")

@@ -80,6 +80,7 @@ def _files(ready: Prepared, writer: Writer, name: str, format: Format, *, second
         "rotations": rotations_of(ready.plan, ready.skeleton),
         "seconds": seconds,
         "evaluation": None,
+        "tasks": {},
     }
     beside = {path.name: path.read_bytes() for path in checkpoint.companions()}
     return beside | {
