@@ -48,31 +48,18 @@ def compared(ours: Score, theirs: Score | None) -> dict[str, Figure]:
 
 def pooled(members: Sequence[Mapping[str, Figure]], weights: Sequence[int]) -> dict[str, Figure]:
     """The weighted mean of the figures of several tasks, whose errors have nothing to do with each other."""
-    shares = [weight / sum(weights) for weight in weights]
+    shares = np.asarray(weights) / sum(weights)
     found: dict[str, Figure] = {}
     for name in members[0]:
-        values = [member[name]["value"] for member in members]
-        errors = [member[name]["error"] for member in members]
-        found[name] = {
-            "value": sum(share * value for share, value in zip(shares, _all_known(values), strict=True))
-            if _all_known(values)
-            else None,
-            "error": sqrt(sum((share * error) ** 2 for share, error in zip(shares, _all_known(errors), strict=True)))
-            if _all_known(errors)
-            else None,
-        }
+        # What is unknown of one is unknown of all: None becomes NaN.
+        values, errors = (np.asarray([member[name][part] for member in members], np.float64) for part in ("value", "error"))
+        found[name] = {"value": _finite((shares * values).sum()), "error": _finite(sqrt(((shares * errors) ** 2).sum()))}
     return found
 
 
 def is_number(value: Any) -> bool:
     """Whether a metric's aggregate can be shown: some tasks give a text or a table."""
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
-
-
-def _all_known(values: Sequence[float | None]) -> list[float]:
-    """The values, or nothing where one is None."""
-    known = [value for value in values if value is not None]
-    return known if len(known) == len(values) else []
 
 
 def _figure(score: Score, columns: Sequence[list[Any]]) -> Figure:
@@ -91,9 +78,15 @@ def _error(score: Score, columns: Sequence[list[Any]]) -> float | None:
         return None
     if score.mean:
         first, *others = (np.asarray(column, dtype=np.float64) for column in columns)
-        return _finite((first - sum(others)).std(ddof=1) / sqrt(count))
+        return _finite(_spread(first - sum(others)) / sqrt(count))
     draws = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
-    return _finite(np.std([_value(score, [[column[at] for at in draw] for column in columns]) for draw in draws], ddof=1))
+    return _finite(_spread([_value(score, [[column[at] for at in draw] for column in columns]) for draw in draws]))
+
+
+def _spread(values: Any) -> float:
+    """The standard deviation of a sample; NaN where a value is not finite."""
+    with np.errstate(invalid="ignore"):
+        return float(np.std(values, ddof=1))
 
 
 def _finite(value: Any) -> float | None:
