@@ -58,6 +58,8 @@ FROZEN = {
         "--scores",
         "--model",
         "--tasks",
+        "--limit",
+        "--num-fewshot",
         "--verify",
         "--restart",
     ],
@@ -91,7 +93,7 @@ FROZEN = {
         "--model",
         "--json",
     ],
-    "eval": ["DIR", "--against", "--text", "--seqlen", "--windows", "--tasks", "--json"],
+    "eval": ["DIR", "--against", "--text", "--seqlen", "--windows", "--tasks", "--limit", "--num-fewshot", "--json"],
     "convert": ["DIR", "--format", "--out", "--restart"],
     "verify": ["DIR", "--native", "--json"],
     "inspect": ["DIR", "--json"],
@@ -315,10 +317,17 @@ def test_the_model_may_be_named_by_an_option(asked: dict[str, dict[str, Any]], t
 
 
 @pytest.mark.parametrize("command", [("quantize", "nowhere", "--out", "o"), ("eval", "nowhere")])
-def test_tasks_are_refused_before_any_work_starts(command: tuple[str, ...]) -> None:
+def test_tasks_without_the_extra_are_refused_before_any_work_starts(
+    asked: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("bitlathe.options.find_spec", lambda name: None)
     done = invoke(*command, "--tasks", "piqa")
-    assert done.exit_code == 2
-    assert "tasks of lm-eval are not part of this version" in done.stderr and "bitlathe eval" in done.stderr
+    assert (done.exit_code, asked) == (2, {})
+    assert "pip install 'bitlathe[tasks]'" in done.stderr and "leave --tasks out" in done.stderr
+    for option in ("--limit", "--num-fewshot"):
+        done = invoke(*command, option, "3")
+        assert (done.exit_code, asked) == (2, {})
+        assert "no task is named: add --tasks" in done.stderr
 
 
 def test_an_extension_of_another_tuner_is_refused(asked: dict[str, dict[str, Any]]) -> None:

@@ -40,6 +40,7 @@ _LATE: dict[str, str] = {
     "record": "bitlathe.report:record_evaluation",
     "note": "bitlathe.report:record",
     "demo": "bitlathe.demo:demo",
+    "tasks": "bitlathe.evaluation.tasks:measure_tasks",
 }
 
 
@@ -178,6 +179,8 @@ def quantize(
     scores: options.Scores = None,
     named: options.Named = None,
     tasks: options.Tasks = None,
+    limit: options.Limit = None,
+    shots: options.Shots = None,
     verify: Annotated[
         bool, Option("--verify", show_default="off", help="At the end, open the result as 'bitlathe verify' does.")
     ] = False,
@@ -186,7 +189,7 @@ def quantize(
     """Quantize MODEL into a folder. Stopped at any moment, the same command continues."""
     given = locals().copy()  # before anything else has a name
     given["model"] = options.one_model(model, named)
-    options.refuse_tasks(tasks)
+    measured = options.tasks_asked(tasks, limit, shots)
     if enable_alg_ext:
         given["signround"] = {"start": "searched"}
     asked = options.asked(given, recipe, sets, read_plan(plan) if plan else None)
@@ -201,6 +204,11 @@ def quantize(
     tables.show_summary([bitlathe.inspect(folder) for folder in folders], model=asked.model, seconds=seconds)
     for folder in folders if verify else ():
         verify_command(str(folder))
+    if measured is not None:
+        answers = load(_LATE["tasks"])(folders, measured, against=asked.model, device=asked.device)
+        for folder, found in zip(folders, answers, strict=True):
+            load(_LATE["record"])(folder, {"tasks": found})
+            tables.show_tasks(found, folder=str(folder))
 
 
 @app.command()
@@ -298,16 +306,23 @@ def eval_command(
         int | None, Option(metavar="N", show_default="all", help="Windows to measure, from the text's beginning.")
     ] = None,
     tasks: options.Tasks = None,
+    limit: options.Limit = None,
+    shots: options.Shots = None,
     as_json: options.Json = False,
 ) -> None:
-    """Perplexity, and with --against the KL divergence and top-1 agreement, each with its standard error."""
-    options.refuse_tasks(tasks)
+    """Perplexity, and with --against the KL divergence and top-1 agreement; then --tasks. Each with its standard error."""
+    measured = options.tasks_asked(tasks, limit, shots)
     result = bitlathe.evaluate(folder, against=against, text=text, seqlen=seqlen, windows=windows)
-    _tell_recorded(folder, load(_LATE["record"])(folder, result))
+    recorded = load(_LATE["record"])(folder, result)
+    if measured is not None:
+        result |= {"tasks": load(_LATE["tasks"])([folder], measured, against=against)[0]}
+        recorded |= load(_LATE["record"])(folder, result)
+    _tell_recorded(folder, recorded)
     if as_json:
         echo(json.dumps(result))
     else:
         tables.show_evaluation(result)
+        tables.show_tasks(result.get("tasks", {}), folder=folder)
 
 
 @app.command("convert")
@@ -346,7 +361,7 @@ def verify_command(
 ) -> None:
     """Open DIR in new processes, with our reader and the format's own, and compare weights and logits."""
     result = bitlathe.verify(folder, native=native)
-    _tell_recorded(folder, load(_LATE["note"])(folder, "verified", result))
+    _tell_recorded(folder, load(_LATE["note"])(folder, {"verified": result}))
     if as_json:
         echo(json.dumps(result))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from bitlathe.io.sizes import human
 from bitlathe.numerics.scheme import KV_SCHEMES
 from bitlathe.plan_file import refuse_both
 from bitlathe.recipe import Memory, Recipe, merge, parse_overrides, parse_sets, read_yaml
+from bitlathe.registry import load
 from bitlathe.tune.options import RtnOptions, SignRoundOptions
 
 
@@ -36,6 +38,8 @@ _SETTABLE = ", ".join(
 )
 
 _MOST = 1000  # budgets in a range
+# Imports lm-eval, which is the extra `tasks`.
+_ASKED_FOR = "bitlathe.evaluation.tasks:asked_for"
 # Options that may be repeated, and the fields of the recipe they go to.
 _FIELDS = {"override": "overrides", "group": "groups"}
 
@@ -158,7 +162,19 @@ Dtype = Annotated[
     Option(metavar="auto|bf16|fp16", show_default=default("dtype"), help="Of what stays in 16 bits; auto: the model's."),
 ]
 Seed = Annotated[int | None, Option(metavar="N", show_default=default("seed"), help="Of every random choice.")]
-Tasks = Annotated[str | None, Option(metavar="NAME,NAME", show_default="none", help="Tasks of lm-eval: not in this version.")]
+Tasks = Annotated[
+    str | None,
+    Option(
+        metavar="NAME,NAME|DIR",
+        show_default="none",
+        help="Measure tasks of lm-eval too, or all in a folder of task files: on the result and on the original.",
+    ),
+]
+Limit = Annotated[int | None, Option(min=1, metavar="N", show_default="all", help="Documents a task, from its first.")]
+Shots = Annotated[
+    int | None,
+    Option("--num-fewshot", min=0, metavar="K", show_default="what each task says", help="Examples in a task's prompts."),
+]
 Restart = Annotated[
     bool, Option("--restart", show_default="off", help="Throw away what an earlier run left in --out, finished or not.")
 ]
@@ -174,13 +190,17 @@ def one_model(model: str | None, named: str | None) -> str | None:
     return named if model is None else model
 
 
-def refuse_tasks(tasks: str | None) -> None:
-    """Raise RecipeError for tasks, before any work starts."""
-    if tasks is not None:
-        raise RecipeError(
-            f"--tasks {tasks}: tasks of lm-eval are not part of this version. What it measures is perplexity and the KL "
-            "divergence to the original, with `bitlathe eval DIR --against MODEL`. Leave --tasks out"
-        )
+def tasks_asked(tasks: str | None, limit: int | None, shots: int | None) -> Any:
+    """The tasks to measure, looked up before any work starts; None for none. Raises RecipeError for an unknown one."""
+    if tasks is None:
+        if limit is not None or shots is not None:
+            raise RecipeError(
+                "--limit and --num-fewshot say how tasks are measured, and no task is named: add --tasks, or leave out"
+            )
+        return None
+    if find_spec("lm_eval") is None:
+        raise RecipeError("--tasks needs lm-eval, which is not installed: pip install 'bitlathe[tasks]', or leave --tasks out")
+    return load(_ASKED_FOR)(tasks, limit=limit, shots=shots)
 
 
 def asked(

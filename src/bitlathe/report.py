@@ -250,23 +250,32 @@ def rotations_of(plan: Plan, skeleton: Skeleton) -> list[dict[str, Any]]:
 def record_evaluation(folder: str | Path, found: Mapping[str, Any]) -> bool:
     """Write what was measured into report.json and the model card of a result of ours, and say whether that was done.
 
-    Not done for any other folder, for one that cannot be written, and where a comparison with the original is recorded and
-    `found` has none: the fuller one stays.
+    found: what `evaluate` returns, and under "tasks" what `measure_tasks` does for the folder; either may be left out, and what
+    is recorded of it stays. Not done for any other folder, for one that cannot be written, and where a comparison with the
+    original is recorded and `found` has none: the fuller one stays, of each task too.
     """
     report = own_report(Path(folder))
-    if not report or ("against" in (report["evaluation"] or {}) and "against" not in found):
+    if not report:
         return False
-    return record(folder, "evaluation", found)
+    figures = {name: value for name, value in found.items() if name != "tasks"}
+    before, tasks = report["evaluation"] or {}, dict(report.get("tasks", {}))
+    fuller = {
+        name: task for name, task in found.get("tasks", {}).items() if task["against"] or not tasks.get(name, {}).get("against")
+    }
+    new: dict[str, Any] = {"tasks": tasks | fuller} if fuller else {}
+    if figures and ("against" in figures or "against" not in before):
+        new["evaluation"] = figures
+    return bool(new) and record(folder, new)
 
 
-def record(folder: str | Path, field: str, found: Mapping[str, Any]) -> bool:
-    """Write a field into report.json of a result of ours, and its model card anew, and say whether that was done: not for any
+def record(folder: str | Path, fields: Mapping[str, Any]) -> bool:
+    """Write fields into report.json of a result of ours, and its model card anew, and say whether that was done: not for any
     other folder, nor for one that cannot be written."""
     path = Path(folder)
     report = own_report(path)
     if not report:
         return False
-    report |= {field: dict(found)}
+    report |= dict(fields)
     files = {REPORT: as_json(report), CARD: card(report).encode()}
     try:
         for name, content in files.items():

@@ -91,6 +91,30 @@ def show_verified(result: Mapping[str, Any]) -> None:
         console.print(f"Not installed here, and not asked: {', '.join(result['missing'])}")
 
 
+def show_tasks(tasks: Mapping[str, Any], *, folder: str) -> None:
+    """What `measure_tasks` found for the model in a folder, beside the original where there is one. Nothing for no task."""
+    if not tasks:
+        return
+    first = next(iter(tasks.values()))
+    beside = ["original", "difference"] if first["against"] else []
+    against = f" against {first['against']}" if beside else ""
+    begin = first["begin_of_text"]
+    table = Table(
+        "task", "metric", *_right("examples", "documents", "value", *beside),
+        title=f"{folder}{against}: tasks of lm-eval {first['lm_eval']}, each figure ± its standard error",
+    )  # fmt: skip
+    for name, task in tasks.items():
+        shots = "-" if task["shots"] is None else str(task["shots"])
+        for row in task["metrics"]:
+            metric = row["name"] if row["filter"] == "none" else f"{row['name']} ({row['filter']})"
+            figures = [" ± ".join(_figure(row[side])) for side in ("model", *beside)]
+            table.add_row(name, metric, shots, f"{task['documents']} of {task['of']}", *figures)
+    console = _console()
+    console.print(table)
+    where = "every text" if begin["everywhere"] else "a text without context, and no other"
+    console.print(f"{begin['token']} begins {where}, as the tokenizer of {begin['tokenizer']} has it.", markup=False)
+
+
 def show_inspection(result: Mapping[str, Any]) -> None:
     """Every linear of what `bitlathe.inspect` returns, then the averages."""
     inputs = ["activations"] if any(row["activations"] for row in result["linears"]) else []
@@ -206,7 +230,8 @@ def _right(*names: str) -> list[Column]:
 
 
 def _figure(figure: Mapping[str, float | None]) -> tuple[str, str]:
-    return f"{figure['value']:.5g}", "-" if figure["error"] is None else f"{figure['error']:.2g}"
+    value, error = figure["value"], figure["error"]
+    return "-" if value is None else f"{value:.5g}", "-" if error is None else f"{error:.2g}"
 
 
 def _bits(bits: float | None) -> str:
