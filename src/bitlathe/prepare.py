@@ -206,6 +206,11 @@ def notes_on(plan: Plan, arch: Arch, formats: Iterable[str]) -> tuple[str, ...]:
             "activations in 16 bits, and decodes not all of their schemes. Load it with bitlathe.load, or with `import "
             "bitlathe.hf` before AutoModelForCausalLM"
         )
+    if "fp8" in formats:
+        notes.append(
+            "transformers rounds the activations of this fp8 folder on a GPU that has FP8 (compute capability 8.9); on a CPU "
+            "or an older GPU it dequantizes the weights and keeps activations in 16 bits. bitlathe.load rounds them everywhere"
+        )
     running = [name for name, row in plan.linears.items() if row.input is not None or row.online is not None]
     if running and "dense" in formats:
         notes.append(
