@@ -1,8 +1,8 @@
 """The fp8 method of transformers and vLLM (quant_method "fp8"), in which DeepSeek and Qwen publish their models.
 
 A linear is `weight`, float8_e4m3fn [outputs, inputs], and `weight_scale_inv`, float32, one for each block of 128 x 128: what
-its codes are multiplied by, whatever the name says. Inputs are rounded to E4M3 as the model runs, in groups of 128 with a float32
-scale each. There is one scheme, FP8_BLOCK_DYNAMIC, and `modules_to_not_convert` names the linears that do not have it.
+its codes are multiplied by, whatever the name says. Inputs are rounded to E4M3 as the model runs, in groups of 128 with a scale
+in float32 each. There is one scheme, FP8_BLOCK_DYNAMIC, and `modules_to_not_convert` names the linears that do not have it.
 
 What its readers do (read in transformers 5.23, and in vLLM's checks of shapes):
 
