@@ -11,21 +11,24 @@ from torch import Tensor
 from bitlathe.formats.base import Format, QuantLayer
 from bitlathe.formats.compressed_tensors import CompressedTensors
 from bitlathe.formats.dense import Dense
+from bitlathe.formats.fp8 import Fp8
 from bitlathe.formats.mlx import Mlx
 from bitlathe.formats.native import Native
 from bitlathe.numerics.activation import StaticScale, static_scale
 from bitlathe.numerics.project import QuantTensor, quantize
 from bitlathe.numerics.rotation import Rotation
-from bitlathe.numerics.scheme import PRESETS, SCHEMES, Scheme, per_tensor, per_token, static
+from bitlathe.numerics.scheme import LLAMA_CPP, PRESETS, SCHEMES, Scheme, per_tensor, per_token, static
 from bitlathe.plan import LayerPlan, Plan
 
 Dtype = Literal["bf16", "fp16"]
 ROWS, COLUMNS = 160, 256  # the last block of 128 rows is ragged
 # Formats of every scheme, and formats of a few.
 WIDE: dict[str, Format] = {"native": Native(), "compressed-tensors": CompressedTensors()}
-NARROW: dict[str, Format] = {"mlx": Mlx()}
+NARROW: dict[str, Format] = {"mlx": Mlx(), "fp8": Fp8()}
 HELD = WIDE | NARROW
 WRITTEN: dict[str, Format] = HELD | {"dense": Dense()}  # codes do not come back from all of them
+# Schemes with layouts of their own, which compressed-tensors has no words for.
+APART = (*LLAMA_CPP, "FP8_BLOCK_DYNAMIC")
 INT8 = SCHEMES["W8A16_CHANNEL"]
 
 # A rotation that every format with rotations can run online.

@@ -16,6 +16,7 @@ from bitlathe.cli import app
 from bitlathe.errors import CheckpointError
 from bitlathe.formats import FORMATS
 from bitlathe.readers import READERS
+from families import save_model, write_text
 from test_convert import CT, quantized
 
 
@@ -65,6 +66,18 @@ def test_a_reader_that_fails_is_a_difference_with_its_words(both: Path, tmp_path
     shown = CliRunner().invoke(app, ["verify", str(tmp_path / CT), "--native", str(both / "native")])
     assert shown.exit_code == 1
     assert "failed" in shown.output and "lacks" in shown.output
+
+
+@pytest.mark.parametrize(("format", "scheme"), [(CT, "FP8_CHANNEL"), ("fp8", "FP8_BLOCK_DYNAMIC")])
+def test_experts_that_a_reader_fuses(tmp_path: Path, format: str, scheme: str) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "moe_intermediate_size": 128}
+    save_model(tmp_path / "m", "qwen3_moe", **sizes)
+    asked: dict[str, Any] = {"scheme": scheme, "tuner": "rtn", "samples": 2, "seqlen": 24}
+    text = write_text(tmp_path / "text.txt", 400)
+    plan = bitlathe.quantize(str(tmp_path / "m"), out=tmp_path / "q", calib=str(text), formats=format, **asked)
+    result = bitlathe.verify(tmp_path / "q")
+    assert sum(".experts." in name for name in plan.quantized) == 12
+    assert [(row["linears"], row["unequal"], row["same"]) for row in result["readers"]] == [(len(plan.quantized), 0, True)] * 2
 
 
 def test_an_original_has_nothing_to_verify() -> None:

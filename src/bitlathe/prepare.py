@@ -23,6 +23,7 @@ from bitlathe.formats.ct_experts import read_alone
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.io.writer import refuse_foreign
 from bitlathe.model.calib import characters_for, refuse_strange_tokens, text_of, tokenizer_of, windows_of
+from bitlathe.model.dequantized import Dequantized, as_original
 from bitlathe.model.fold import edits_of
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.source import device_named, open_model, stored_dtype
@@ -139,7 +140,7 @@ def prepare_search(recipe: Recipe, budgets: Sequence[float]) -> Prepared:
     device = device_named(recipe.device)
     formats = {name: named(name, FORMATS, "format")() for name in recipe.formats}
     tuner = named(recipe.tuner, TUNERS, "tuner").of(recipe.tuning())
-    checkpoint = Checkpoint(recipe.model)
+    checkpoint = as_original(Checkpoint(recipe.model))
     stored = stored_dtype(checkpoint)
     forced = [format.dtype for format in formats.values() if format.dtype is not None]
     asked = recipe.dtype if recipe.dtype != "auto" else next(iter(forced), stored)
@@ -160,6 +161,8 @@ def prepare_search(recipe: Recipe, budgets: Sequence[float]) -> Prepared:
     reads = ready.text_streams or recipe.rotation_trials > 1 or space is not None
     text, told = _calibration(recipe, skeleton, checkpoint.path, searched=space is not None) if reads else (Text(), ())
     notes = (*told, *notes, *notes_on(plan, skeleton.arch, recipe.formats))
+    if isinstance(checkpoint, Dequantized):
+        notes = (*notes, "the model is published in FP8: its weights are read as floats, and its activations are not rounded")
     if dtype != stored:
         why = f", which readers of {', '.join(recipe.formats)} hold scales in" if dtype in forced else ""
         notes = (*notes, f"the model is stored in {stored}; the result and everything measured on the way is in {dtype}{why}")
@@ -205,6 +208,11 @@ def notes_on(plan: Plan, arch: Arch, formats: Iterable[str]) -> tuple[str, ...]:
             "transformers alone does not read the experts of this compressed-tensors folder as they are: it keeps their "
             "activations in 16 bits, and decodes not all of their schemes. Load it with bitlathe.load, or with `import "
             "bitlathe.hf` before AutoModelForCausalLM"
+        )
+    if "fp8" in formats:
+        notes.append(
+            "transformers rounds the activations of this fp8 folder on a GPU that has FP8 (compute capability 8.9); on a CPU "
+            "or an older GPU it dequantizes the weights and keeps activations in 16 bits. bitlathe.load rounds them everywhere"
         )
     running = [name for name, row in plan.linears.items() if row.input is not None or row.online is not None]
     if running and "dense" in formats:

@@ -19,6 +19,7 @@ from bitlathe.numerics.rotation import Rotation
 from bitlathe.numerics.scheme import KV_SCHEMES, LLAMA_CPP, PRESETS, SCHEMES
 from bitlathe.plan import LayerPlan, Plan
 from format_samples import (
+    APART,
     COLUMNS,
     HELD,
     NARROW,
@@ -47,7 +48,7 @@ def accepted(format: Format) -> list[tuple[str, Dtype]]:
     if format.name in NARROW:
         return [pair for pair in bf16 + fp16 if holds(format, row_named(*pair), (256, 256), pair[1])]
     both = bf16 + [pair for pair in fp16 if format.name == "native" or not pair[0].startswith(BF16_ONLY)]
-    return [pair for pair in both if format.name == "native" or pair[0] not in LLAMA_CPP]
+    return [pair for pair in both if format.name == "native" or pair[0] not in APART]
 
 
 def holds(format: Format, row: LayerPlan, shape: tuple[int, int], dtype: Dtype = "bf16") -> bool:
@@ -107,7 +108,7 @@ WHERE = [(format, name) for format in WRITTEN for name in PRESETS if format not 
 def test_bits_are_those_of_the_tensors(name: str, scheme: str) -> None:
     format, row = WRITTEN[name], row_named(scheme, "bf16")
     held = [shape for shape in SHAPES if holds(format, row, shape)]
-    assert held or scheme in LLAMA_CPP
+    assert held or scheme in APART
     for shape in held:
         tensors = format.encode(layer_of(row, "bf16", shape=shape), row, "bf16")
         stored = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("input_"))
@@ -131,6 +132,7 @@ def test_bits_of_a_matrix_that_no_memory_holds() -> None:
         "compressed-tensors": coded + 2 * 64,
         "dense": 16 * weights,
         "mlx": coded + 16 * weights // 128,
+        "fp8": 8 * weights + 32 * weights // 128**2,  # which has one scheme
     }
     # Five codes of three bits take two bytes.
     assert WRITTEN["native"].bits(row_named("W3A16_CHANNEL", "bf16"), (side, 5)) == side * (2 * 8 + 16)
@@ -140,7 +142,7 @@ def test_bits_of_a_matrix_that_no_memory_holds() -> None:
 def test_plans_come_back(name: str, scheme: str, dtype: Dtype) -> None:
     held = row_named(scheme, dtype)
     plan = plan_of({"a.q": held, "a.k": held, "a.o": None, "lm_head": None}, dtype)
-    HELD[name].check(plan, dict.fromkeys(plan.linears, (ROWS, COLUMNS)), {"a.q": "a.qk", "a.k": "a.qk"})
+    HELD[name].check(plan, dict.fromkeys(plan.linears, (256, 256)), {"a.q": "a.qk", "a.k": "a.qk"})
     comes_back(HELD[name], plan)
 
 

@@ -16,10 +16,10 @@ from bitlathe.formats.compressed_tensors import CompressedTensors
 from bitlathe.model.experts import split_experts
 from bitlathe.model.skeleton import Skeleton, linears_of
 from bitlathe.numerics.rotation import Rotation
-from bitlathe.numerics.scheme import LLAMA_CPP, PRESETS
+from bitlathe.numerics.scheme import PRESETS
 from bitlathe.plan import LayerPlan, Plan
 from families import FAMILIES, config_of
-from format_samples import ROWS_BESIDE, row_named
+from format_samples import APART, ROWS_BESIDE, row_named
 from vllm_rules import Complaint, complaints
 from vllm_schemes import VERSIONS
 
@@ -235,7 +235,7 @@ RUN: dict[str, str] = {
 }
 
 
-HELD = [name for name in PRESETS if name not in LLAMA_CPP]  # the format holds none of those
+HELD = [name for name in PRESETS if name not in APART]  # the format holds none of those
 
 
 @pytest.mark.parametrize("name", HELD)

@@ -21,6 +21,7 @@ from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.io.sizes import parse_size
 from bitlathe.model.block import Block
 from bitlathe.model.calib import characters_for, refuse_strange_tokens, text_of, tokenizer_of, windows_of
+from bitlathe.model.dequantized import as_original
 from bitlathe.model.hidden import Budget, Hidden
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.source import device_named, open_model
@@ -75,7 +76,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the model in `folder`, and against another one how far its predictions are from it.
 
-    folder, against: a folder or Hub id, original or quantized. text: a file, a Hub dataset, or "builtin"; its tokens in a row,
+    folder, against: a folder or Hub id, original or quantized; `against` is read as floats where another program published it
+    in FP8 (see `as_original`), for then it is the original. text: a file, a Hub dataset, or "builtin"; its tokens in a row,
     without special tokens, are cut into windows of `seqlen`. windows: how many of them, from the start; None is all.
 
     Returns {"model", "text", "windows", "seqlen", "perplexity": {"value", "error"}} and, with `against`, {"against",
@@ -90,7 +92,7 @@ def evaluate(
         )
     place = device_named(device)
     model = Checkpoint(folder)
-    original = None if against is None else Checkpoint(against)
+    original = None if against is None else as_original(Checkpoint(against))
     tokenizer = tokenizer_of(model.path)
     documents = text_of(text, "evaluation", characters=characters_for(windows or _WINDOWS, seqlen))
     tokens = windows_of(tokenizer, documents, seqlen=seqlen, count=windows)

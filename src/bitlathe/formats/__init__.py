@@ -9,6 +9,7 @@ FORMATS: dict[str, str] = {
     "gguf": "bitlathe.formats.gguf:Gguf",
     "dense": "bitlathe.formats.dense:Dense",
     "mlx": "bitlathe.formats.mlx:Mlx",
+    "fp8": "bitlathe.formats.fp8:Fp8",
 }
 
 # Where config.json holds a format's configuration beside "quantization_config".

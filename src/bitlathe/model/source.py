@@ -26,6 +26,7 @@ _METHODS: dict[str, str] = {
     "auto-round": "auto-round",
     "mlx": "mlx",
     "gguf": "gguf",
+    "fp8": "fp8",
 }
 
 _LONG: dict[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -10,6 +10,9 @@ largest magnitude of what shares a scale:
     MXFP4, MXFP8          scale = the power of two at or below largest, above it from 1.75 times that power, over 4 or 256
     NVFP4                 scale = round(factor * (largest / 6)) / factor, rounded to E4M3, the factor static
 
+Scales in float32, of FP8_BLOCK_DYNAMIC, are the fp8 method's of transformers and vLLM, and not the library's: largest / 448 and
+what is divided by it are in float32 whatever the dtype of the input.
+
 A range always reaches to zero, and a scale of zero becomes a small number. One scale a token is one for each row of the last
 axis, however many axes there are; the library agrees for three axes, which is what models have there.
 """
@@ -29,7 +32,7 @@ _DTYPES = {"BF16": torch.bfloat16, "FP16": torch.float16}
 _WORDS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 # What a scale of zero becomes: by the dtype that scales are held in.
-_FOR_ZERO = {"BF16": 2.0**-7, "FP16": 2.0**-10, "E4M3": 0.125, "E8M0": 1.0}
+_FOR_ZERO = {"BF16": 2.0**-7, "FP16": 2.0**-10, "FP32": 2.0**-23, "E4M3": 0.125, "E8M0": 1.0}
 
 # Width of the mantissa, and of the exponent with its bias.
 _LAYOUTS = {torch.bfloat16: (7, 8, 127), torch.float16: (10, 5, 15), torch.float32: (23, 8, 127)}
@@ -150,6 +153,8 @@ def _scale(blocks: Tensor, scheme: Scheme, clip: float, fixed: StaticScale | Non
             low, high = low.mul_(clip), high.mul_(clip)
         return _asymmetric(low, high, grid, GRIDS[stored.grid])
     largest = _largest(blocks)
+    if stored.grid == "FP32":
+        largest = largest.float()
     if clip != 1:
         largest.mul_(clip)
     if stored.grid == "E8M0":

@@ -212,6 +212,12 @@ def static(scheme: Scheme | None) -> bool:
     return scheme is not None and scheme.scale is not None and (scheme.block == (0, 0) or static(scheme.scale))
 
 
+# Square blocks of weights and groups of activations with float32 scales: what the fp8 method of serving engines runs.
+_SINGLE = Scheme(grid="FP32")
+_FP8_BLOCKS = Preset(
+    weight=Scheme(grid="E4M3", block=(128, 128), scale=_SINGLE), input=Scheme(grid="E4M3", block=(1, 128), scale=_SINGLE)
+)
+
 # Every name users type: weights alone, and weights with activations.
 PRESETS: dict[str, Preset] = {name: Preset(weight=scheme) for name, scheme in SCHEMES.items()} | {
     "W4A4": Preset(weight=SCHEMES["W4A16_CHANNEL"], input=per_token("INT4")),
@@ -221,6 +227,7 @@ PRESETS: dict[str, Preset] = {name: Preset(weight=scheme) for name, scheme in SC
     "W8A8_STATIC": Preset(weight=SCHEMES["W8A16_CHANNEL"], input=per_tensor("INT8")),
     "FP8_DYNAMIC": Preset(weight=SCHEMES["FP8_CHANNEL"], input=per_token("E4M3")),
     "FP8_STATIC": Preset(weight=SCHEMES["FP8_CHANNEL"], input=per_tensor("E4M3")),
+    "FP8_BLOCK_DYNAMIC": _FP8_BLOCKS,
     "MXFP4": Preset(weight=SCHEMES["MXFP4A16"], input=SCHEMES["MXFP4A16"]),
     "MXFP8": Preset(weight=SCHEMES["MXFP8A16"], input=SCHEMES["MXFP8A16"]),
     "NVFP4": Preset(weight=SCHEMES["NVFP4A16"], input=SCHEMES["NVFP4A16"]),

@@ -40,4 +40,11 @@ READERS: dict[str, Reader] = {
         "llama.cpp rounds activations to 8 bits in its products",
     ),
     "mlx": Reader("bitlathe.readers.mlx_:opened", "mlx", "mlx", ("mlx",)),
+    "transformers for fp8": Reader(
+        "bitlathe.readers.fp8_:opened",
+        "transformers",
+        "transformers",
+        ("fp8",),
+        "transformers dequantizes the weights on a CPU, and then keeps activations as they are",
+    ),
 }
