@@ -1,6 +1,6 @@
 """Our GGUF mixes against llama.cpp's own quantizer with its importance matrix, on the same text, by one evaluator.
 
-    python -m benchmarks.gguf MODEL --bin FOLDER_OF_LLAMA_CPP --work DIR [--tuner rtn|signround]
+    python -m benchmarks.gguf MODEL --bin FOLDER_OF_LLAMA_CPP --work DIR [--tuner closed-form|signround|rtn]
 
 The original is written as bf16 by our container, so that both start from the same numbers; llama.cpp's files are read by our
 own reader, whose weights are those of the gguf package bit for bit.
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--bin", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--tuner", default="rtn")
+    parser.add_argument("--tuner", default="closed-form")
     options = parser.parse_args()
     model, work = find_folder(options.model), options.work
     work.mkdir(parents=True, exist_ok=True)

@@ -217,7 +217,8 @@ def _note(name: str, tuned: Tuned, dtype: str) -> str | None:
     if tuned.after is None:
         return None
     if isfinite(tuned.after):
-        return _starved(name, tuned.starved)
+        told = [f"{name}: {tuned.fallen}"] if tuned.fallen else []
+        return ". ".join([*told, *([_starved(name, tuned.starved)] if tuned.starved else [])]) or None
     wider = ". --dtype bf16 holds larger numbers than fp16" if dtype == "fp16" else ""
     return (
         f"{name}: for this calibration text its output is infinite or NaN, so nothing could be learned from it: its linears "
@@ -225,9 +226,7 @@ def _note(name: str, tuned: Tuned, dtype: str) -> str | None:
     )
 
 
-def _starved(name: str, linears: tuple[str, ...]) -> str | None:
-    if not linears:
-        return None
+def _starved(name: str, linears: tuple[str, ...]) -> str:
     shown = ", ".join(linears[:3]) + (f" and {len(linears) - 3} more" if len(linears) > 3 else "")
     return (
         f"{name}: no token of the calibration text reached {shown}, so nothing could be learned for them and they are rounded "

@@ -38,7 +38,7 @@ from bitlathe.numerics.scheme import KV_SCHEMES, canonical_name
 from bitlathe.plan import KEEP
 from bitlathe.registry import canonical, did_you_mean
 from bitlathe.tune import TUNERS
-from bitlathe.tune.options import RtnOptions, SignRoundOptions, TuneOptions
+from bitlathe.tune.options import ClosedFormOptions, RtnOptions, SignRoundOptions, TuneOptions
 from bitlathe.turns import ROTATIONS, rotations_named, turn_named
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -81,8 +81,8 @@ class Recipe(BaseModel):
     written. tuner: how codes are found. iters: its steps a block. batch_size: sequences a step. calib: a data set on the Hub, a
     text file, or "builtin". samples, seqlen: calibration windows and their length in tokens. device: auto, cpu, cuda or cuda:i.
     dtype: of what stays in 16 bits; auto follows the model. seed: of every random choice but the signs of rotations. scores:
-    the folder in which what a search finds out is kept; None is one in the user's cache. memory, search, rtn, signround: see
-    their types.
+    the folder in which what a search finds out is kept; None is one in the user's cache. memory, search, rtn, signround,
+    closed_form: see their types.
 
     Raises RecipeError, naming the field, for anything that is not understood.
     """
@@ -120,6 +120,7 @@ class Recipe(BaseModel):
     search: SearchOptions = Field(default_factory=SearchOptions)
     rtn: RtnOptions = Field(default_factory=RtnOptions)
     signround: SignRoundOptions = Field(default_factory=SignRoundOptions)
+    closed_form: ClosedFormOptions = Field(default_factory=ClosedFormOptions)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -228,7 +229,7 @@ class Recipe(BaseModel):
         longer = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
         return longer.get(name.lower(), name.lower()) if isinstance(name, str) else name
 
-    @field_validator("memory", "search", "rtn", "signround", mode="before")
+    @field_validator("memory", "search", "rtn", "signround", "closed_form", mode="before")
     @classmethod
     def _section(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, Mapping | BaseModel):

@@ -50,12 +50,16 @@ class Arch:
         between is not linear, and those who read the space must change its basis while they run."""
         return any(row.writes == space or (row.writes == "qkv" and space == "value") for row in self.linears)
 
+    def template(self, name: str) -> str:
+        """The name that the table has for a linear of a block, whose full name this is."""
+        return _INDEX.sub(".*.", name.removeprefix(f"{self.blocks}.").partition(".")[2])
+
     def row(self, name: str) -> Linear | None:
         """The row of a linear by its full name, with all that it names in full; None for one that the table does not name."""
         if name == self.head:
             return Linear(name, "residual", "logits", norm=self.norm)
         index, _, inner = name.removeprefix(f"{self.blocks}.").partition(".")
-        block, template = f"{self.blocks}.{index}", _INDEX.sub(".*.", inner)
+        block, template = f"{self.blocks}.{index}", self.template(name)
         row = next((row for row in self.linears if row.name == template), None)
         if row is None or name != f"{block}.{inner}":
             return None

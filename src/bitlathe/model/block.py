@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +27,8 @@ class Block:
     """A block whose weights are in memory.
 
     index: its place, 0-based. name: its path in the model ("model.layers.0"); every other name here is full as well.
-    linears: the names that a plan may quantize. fused: linear -> label of the group that is served as one matrix.
+    linears: the names that a plan may quantize. fused: linear -> label of the group that is served as one matrix. stages: the
+    linears in the order in which they run, in groups that read the same; experts side by side.
     call: the keyword arguments the model would have called it with, beside the hidden states. attention: the name of its
     attention module, None where it has none.
     """
@@ -39,6 +41,7 @@ class Block:
     call: Mapping[str, Any]
     dtype: torch.dtype
     attention: str | None = None
+    stages: tuple[tuple[tuple[str, ...], ...], ...] = ()
 
     def __call__(self, x_BTD: Tensor) -> Tensor:
         """The block's output [batch, tokens, width] for hidden states of the same shape."""
@@ -72,6 +75,11 @@ class Block:
             group = self.fused.get(name, name)
             groups[group] = torch.maximum(groups.get(group, peak), peak)
         return {name: groups[self.fused.get(name, name)] for name in own}
+
+    def twin(self) -> Block:
+        """A block of the same parameters, which stays as this one is now, whatever is swapped in here."""
+        shared = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}
+        return replace(self, module=copy.deepcopy(self.module, shared))
 
     def swap(self, modules: Mapping[str, nn.Module]) -> None:
         """Put modules where linears are."""

@@ -7,7 +7,7 @@ blocks are taps: they record the call they receive and pass the hidden states on
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -166,8 +166,18 @@ class Skeleton:
         prefix = f"{name}."
         linears = tuple(linear for linear in self.linears if linear.startswith(prefix) and not self.rows[linear].router)
         attention = f"{name}.{self.arch.attention}"
-        block = Block(index, name, module, linears, self.fused, call, weights.dtype, attention)
+        block = Block(index, name, module, linears, self.fused, call, weights.dtype, attention, self._stages(linears))
         return staged(block, weights)
+
+    def _stages(self, linears: Iterable[str]) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """See `Block.stages`. The table names the linears of a family in the order in which they run."""
+        order = [row.name for row in self.arch.linears]
+        stages: dict[tuple[str, str], dict[str, list[str]]] = {}
+        for name in sorted(linears, key=lambda name: order.index(self.arch.template(name))):
+            parent, reads = name.rpartition(".")[0], self.rows[name].reads
+            kind = self.arch.template(name).rpartition(".")[0]
+            stages.setdefault((kind, reads), {}).setdefault(parent, []).append(name)
+        return tuple(tuple(map(tuple, groups.values())) for groups in stages.values())
 
     def head(self, weights: Weights) -> Head:
         """The end of the model, with its weights."""

@@ -31,13 +31,15 @@ class Start:
 @dataclass
 class Step:
     """One block's turn. inputs: what it receives from the blocks before it, as they are after their turn; targets: what the
-    original block makes of the original stream. Both None on a walk without text; targets None on a walk of one stream.
+    original block makes of the original stream; original: that block, and what it received. None of them on a walk without
+    text, no targets on a walk of one stream, no original on a walk of less than three.
 
     Once the walk is asked for the next turn, this one no longer has its `block`."""
 
     block: Block = field(repr=False)
     inputs: Hidden | None
     targets: Hidden | None
+    original: tuple[Block, Hidden] | None = field(default=None, repr=False)
 
 
 def begin(skeleton: Skeleton, weights: Weights, tokens_NT: Tensor, budget: Budget, *, streams: int) -> Start:
@@ -62,16 +64,22 @@ def walk(skeleton: Skeleton, weights: Weights, start: Start, *, batch_size: int)
 
     `start` has no stream (weights only), one (each block's output, as the body left the block, feeds the next) or two: then
     the second is the original stream, advanced through the original block before the body sees it, and is the step's targets.
-    The body may change the block; on its return the first stream goes through the block as it is then.
+    With three, what the original block received is kept too. The body may change the block; on its return the first stream
+    goes through the block as it is then.
     """
-    inputs, targets = (*start.streams, None, None)[:2]
+    inputs, targets, received = (*start.streams, None, None, None)[:3]
     for block in _read_ahead(skeleton, weights, start.calls):
+        original = None
+        if targets is not None and received is not None:
+            targets, received = received, targets
+            original = block.twin(), received
         if targets is not None:
-            advance(block, targets, batch_size)
-        step = Step(block, inputs, targets)
+            advance(block, targets if original is None else original[1], batch_size, into=targets)
+        step = Step(block, inputs, targets, original)
+        del original
         yield step
-        # The body's own name for the step lasts until it is given the next one, and the block must not.
-        del step.block
+        # The body's own name for the step lasts until it is given the next one, and the blocks must not.
+        del step.block, step.original
         if inputs is not None:
             advance(block, inputs, batch_size)
         del block
@@ -144,10 +152,11 @@ def go_back(block: Block, x_BTD: Tensor, gradient_of: Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def advance(block: Block, hidden: Hidden, batch_size: int) -> None:
-    """Replace hidden states by the block's output for them."""
+def advance(block: Block, hidden: Hidden, batch_size: int, *, into: Hidden | None = None) -> None:
+    """Put the block's output for hidden states in their place, or `into` others."""
+    into = hidden if into is None else into
     for batch in hidden.batches(batch_size):
-        hidden[batch] = block(hidden[batch])
+        into[batch] = block(hidden[batch])
 
 
 def _read_ahead(

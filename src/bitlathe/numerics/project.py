@@ -171,11 +171,14 @@ def fake_quantize(
 
 
 @torch.no_grad()
-def quantize(w: Tensor, scheme: Scheme, learned: Learned | None = None, peak: Tensor | None = None) -> QuantTensor:
+def quantize(
+    w: Tensor, scheme: Scheme, learned: Learned | None = None, peak: Tensor | None = None, *, at: Tensor | None = None
+) -> QuantTensor:
     """Codes and scales of a weight [rows, columns].
 
     learned: None rounds to nearest. peak: largest |w| a tensor-wide scale must cover (0-d), for a group of linears that
-    share one; None, the tensor's own. Raises CheckpointError for a weight that is not finite.
+    share one; None, the tensor's own. at: [rows, columns], what is rounded in place of w, under the scales that w has. Raises
+    CheckpointError for a weight that is not finite.
     """
     w = w.detach().float()
     if not torch.isfinite(w).all():
@@ -192,6 +195,7 @@ def quantize(w: Tensor, scheme: Scheme, learned: Learned | None = None, peak: Te
     scales = scales_of(ends_of(blocks), scheme, learned, peak)
     offset = None if learned.offset is None else cut(learned.offset.detach(), scheme)
     zero = None if scales.zero is None else spread(scales.zero)
+    blocks = blocks if at is None else cut(at, scheme)
     blocks = blocks if scales.minimum is None else blocks + spread(scales.minimum.value)
     landed, _, _ = _round(blocks, spread(scales.value), scheme, zero=zero, offset=offset)
     landed = landed if zero is None else landed + zero

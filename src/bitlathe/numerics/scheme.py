@@ -118,6 +118,11 @@ class Scheme(BaseModel):
         return self.asymmetric or self.minimum is not None
 
     @property
+    def moves(self) -> bool:
+        """Whether scales can be a little larger or smaller: powers of two cannot."""
+        return self.scale is not None and GRIDS[self.scale.grid].kind != "exponent"
+
+    @property
     def reader_bound(self) -> bool:
         """Whether the dtype of the scales of the lowest level is fixed."""
         return self.fixed or (self.scale is not None and self.scale.reader_bound)

@@ -5,6 +5,7 @@ nothing of files, and of other tuners only what it starts from.
 """
 
 TUNERS: dict[str, str] = {
+    "closed-form": "bitlathe.tune.closed_form:ClosedForm",
     "rtn": "bitlathe.tune.rtn:Rtn",
     "signround": "bitlathe.tune.signround:SignRound",
 }

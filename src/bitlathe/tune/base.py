@@ -24,16 +24,18 @@ Listen = Callable[[int, int, float], None]
 class Tuned:
     """A block's codes. before, after: mean squared error of its output against the original's over the tokens that count (see
     `counting`), rounded to nearest on the range that the tuner starts from and as tuned; None where no text was used. starved:
-    linears that no token of the text reached, so that nothing was learned for them."""
+    linears that no token of the text reached, so that nothing was learned for them. fallen: what could not be done as asked,
+    and what was done instead."""
 
     layers: dict[str, QuantLayer]
     before: float | None = None
     after: float | None = None
     starved: tuple[str, ...] = ()
+    fallen: str | None = None
 
 
 class Tuner(Protocol):
-    """An algorithm that rounds a block. streams: how many streams of hidden states it wants (see `walk`): 0, 1 or 2."""
+    """An algorithm that rounds a block. streams: how many streams of hidden states it wants (see `walk`): 0 to 3."""
 
     streams: int
 

@@ -37,6 +37,20 @@ class SignRoundOptions(BaseModel):
     check_every: int = Field(default=20, gt=0)
 
 
+class ClosedFormOptions(BaseModel):
+    """Options of `closed-form`.
+
+    passes: of coordinate descent after the errors were fed back. refits: of the scales, each with a pass of its own. held_out:
+    how many sequences judge and are not learned from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    passes: int = Field(default=2, ge=0)
+    refits: int = Field(default=2, ge=0)
+    held_out: int = Field(default=8, ge=0)
+
+
 class TuneOptions(BaseModel):
     """What a tuner may take from a recipe; see `Recipe` for the fields."""
 
@@ -47,3 +61,4 @@ class TuneOptions(BaseModel):
     seed: int
     rtn: RtnOptions
     signround: SignRoundOptions
+    closed_form: ClosedFormOptions

@@ -1,0 +1,71 @@
+"""The numbers that the weights of a matrix may become once its scales are fixed.
+
+A solver moves weights from one of these numbers to another, a column at a time. It works on the transpose, [columns, rows], in
+which a column lies together, and on columns in any order. Codes are made from what it ends at by `quantize(..., at=)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitlathe.numerics.grids import snap
+from bitlathe.numerics.scales import Learned, cut, ends_of, scales_of
+from bitlathe.numerics.scheme import GRIDS, Grid, Scheme
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """scale: [columns, rows], what a code is multiplied by. taken: likewise, what is taken off the product, if anything is."""
+
+    grid: Grid
+    unsigned: bool
+    scale: Tensor
+    taken: Tensor | None
+
+    def nearest(self, x: Tensor, column: int | slice) -> Tensor:
+        """The numbers nearest to `x`: [rows] for a column, [columns of it, rows] for a slice."""
+        scale = self.scale[column]
+        if self.taken is None:
+            return snap(x / scale, self.grid, unsigned=self.unsigned).mul_(scale)
+        taken = self.taken[column]
+        return snap((x + taken).div_(scale), self.grid, unsigned=self.unsigned).mul_(scale).sub_(taken)
+
+    def ordered(self, order: Tensor) -> Lattice:
+        """The same with the columns in another order [columns]."""
+        return Lattice(self.grid, self.unsigned, self.scale[order], None if self.taken is None else self.taken[order])
+
+    def moved(self, x: Tensor, other: Lattice) -> Tensor:
+        """The numbers [columns, rows] that another lattice of the same grid has for the codes that stand for `x` here."""
+        codes = (x if self.taken is None else x + self.taken) / self.scale
+        codes = snap(codes, self.grid, unsigned=self.unsigned).mul_(other.scale)
+        return codes if other.taken is None else codes.sub_(other.taken)
+
+
+def side_by_side(lattices: Sequence[Lattice]) -> Lattice:
+    """One for the rows of several matrices of one scheme, in order."""
+    first = lattices[0]
+    taken = [lattice.taken for lattice in lattices if lattice.taken is not None]
+    scale = torch.cat([lattice.scale for lattice in lattices], dim=1)
+    return Lattice(first.grid, first.unsigned, scale, torch.cat(taken, dim=1) if taken else None)
+
+
+def lattice_of(w: Tensor, scheme: Scheme, learned: Learned | None = None, peak: Tensor | None = None) -> Lattice:
+    """Where the weights [rows, columns] of a matrix with scales may lie; arguments as for `quantize`."""
+    w = w.detach().float()
+    scales = scales_of(ends_of(cut(w, scheme)), scheme, learned or Learned(), peak)
+    taken = None if scales.minimum is None else _laid(scales.minimum.value, scheme, w)
+    scale = _laid(scales.value, scheme, w)
+    if scales.zero is not None:
+        taken = _laid(scales.zero, scheme, w).mul_(scale)
+    return Lattice(GRIDS[scheme.grid], scheme.asymmetric, scale, taken)
+
+
+def _laid(x: Tensor, scheme: Scheme, w: Tensor) -> Tensor:
+    """What each block has one of, [block rows, block columns], for every weight, [columns, rows]."""
+    rows, columns = w.shape
+    height, width = scheme.block[0] or rows, scheme.block[1] or columns
+    return x.T.repeat_interleave(width, 0).repeat_interleave(height, 1)[:, :rows].contiguous()

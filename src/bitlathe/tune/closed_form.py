@@ -1,0 +1,209 @@
+"""Closed-form tuning: weights rounded so that what a linear makes is nearly what it made, without a gradient.
+
+A block is done in the order in which it runs: q, k and v together, then o, gate and up, down; each stage reads what the stages
+before it make once they are rounded. For a stage, the second moments of its input are gathered on the text, and the functions
+of `numerics.solve` do the rest: the range of each group is searched, errors are fed back column by column (GPTQ), codes are
+moved once more with all others as they are, and scales refitted to them. What is come near to are weights that also make up for
+what the input has lost by then, where sequences that nothing was learned from say that this helps.
+
+At the end the block's own error is measured on those sequences; where it is more than that of searched rounding, that is what
+the block gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from bitlathe.formats.base import QuantLayer
+from bitlathe.model.walk import Step
+from bitlathe.numerics.lattice import Lattice, lattice_of, side_by_side
+from bitlathe.numerics.project import Learned, quantize, search
+from bitlathe.numerics.scheme import GRIDS, Scheme
+from bitlathe.numerics.solve import Hessian, descend, feed_back, prepared, refit, towards
+from bitlathe.tune.base import Listen, Tuned, block_error
+from bitlathe.tune.grams import Gram, blended, grams_of
+from bitlathe.tune.options import ClosedFormOptions, TuneOptions
+
+# Damping of H, in its mean diagonal: that of fine integer grids, and of coarse ones or where text is short.
+_DAMPING, _MORE_DAMPING = 0.01, 0.05
+_SHORT = 16  # tokens a channel, below which text is short
+# How much of what an input lost is made up for; with rounded activations, all of it over-fits.
+_ALL, _HALF = 1.0, 0.5
+_RIDGE = 0.1  # of what makes up for it
+_NEVER = 4  # tokens a channel, below which nothing is made up for
+_REFIT_RIDGE = 0.01
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One linear, on a range: at first the plain one, then the one that is searched for it."""
+
+    name: str
+    weight: Tensor
+    scheme: Scheme
+    peak: Tensor
+    learned: Learned = field(default_factory=Learned)
+
+    def searched(self, gram: Gram | None) -> _Work:
+        """On the range that loses least where its inputs are large."""
+        importance = None if gram is None else gram.h.diagonal() / gram.tokens
+        return replace(self, learned=search(self.weight, self.scheme, importance, peak=self.peak))
+
+    def layer(self, at: Tensor | None = None) -> QuantLayer:
+        """Rounded to nearest; or the codes of numbers `at` [rows, columns] that it may have."""
+        return QuantLayer(quantize(self.weight, self.scheme, self.learned, self.peak, at=at))
+
+    def lattice(self) -> Lattice:
+        """Where its weights may lie."""
+        return lattice_of(self.weight, self.scheme, self.learned, self.peak)
+
+    def stretched(self, multiples: Tensor) -> _Work:
+        """With the range of each group so many times as wide: [groups, rows]."""
+        low, high = (multiples.T if end is None else end * multiples.T for end in (self.learned.low, self.learned.high))
+        return replace(self, learned=Learned(low=low if self.scheme.two_ended else None, high=high))
+
+
+class ClosedForm:
+    """GPTQ with searched scales and what improves on it; see the module."""
+
+    streams = 3
+
+    def __init__(self, *, batch_size: int, options: ClosedFormOptions) -> None:
+        self.batch_size, self.options = batch_size, options
+
+    @classmethod
+    def of(cls, options: TuneOptions) -> ClosedForm:
+        """The tuner that a recipe's options ask for."""
+        return cls(batch_size=options.batch_size, options=options.closed_form)
+
+    @torch.no_grad()
+    def tune(self, step: Step, schemes: Mapping[str, Scheme], listen: Listen) -> Tuned:
+        """See `Tuner.tune`."""
+        block, inputs, targets = step.block, step.inputs, step.targets
+        assert inputs is not None and targets is not None
+        peaks = block.peaks(schemes)
+        linears = {name: block.linear(name) for name in schemes}
+        works = {name: _Work(name, block.weight(name), scheme, peaks[name]) for name, scheme in schemes.items()}
+        held, rest = self._split(len(inputs))
+        rounded: dict[str, QuantLayer] = {}
+        solved: dict[str, QuantLayer] = {}
+        starved: list[str] = []
+        failed: list[str] = []
+        for number, stage in enumerate(block.stages):
+            groups = [group for names in stage if (group := [works[name] for name in names if name in works])]
+            firsts = [group[0].name for group in groups]
+            grams, checks = (grams_of(step, firsts, batches=batches) for batches in (rest, held))
+            nearest: dict[str, QuantLayer] = {}
+            now: dict[str, QuantLayer] = {}
+            for group, first in zip(groups, firsts, strict=True):
+                gram = blended(first, grams)
+                searched = [work.searched(gram) for work in group]
+                nearest |= {work.name: work.layer() for work in searched}
+                if gram is None:
+                    starved += [work.name for work in group]
+                    continue
+                part = _ALL if linears[first].stage.scheme is None else _HALF
+                for alike in _alike(searched):
+                    found = _solve(alike, gram, checks.get(first), part=part, options=self.options)
+                    failed += [work.name for work in alike if work.name not in found]
+                    now |= found
+            rounded |= nearest
+            solved |= nearest | now
+            block.freeze(nearest | now)
+            listen(number + 1, len(block.stages), 0.0)
+        after = block_error(block, inputs, targets, batches=held or rest[:1])
+        block.swap(linears)
+        block.freeze(rounded)
+        before = block_error(block, inputs, targets, batches=held or rest[:1])
+        if after > before:
+            told = "in closed form it loses more than rounded to nearest, on text that nothing was learned from: it is rounded"
+            return Tuned(rounded, before, before, tuple(starved), told)
+        fallen = f"the moments of what {', '.join(failed)} reads have no inverse: rounded to nearest" if failed else None
+        return Tuned(solved, before, after, tuple(starved), fallen)
+
+    def _split(self, sequences: int) -> tuple[list[slice], list[slice]]:
+        """Batches that are held out, and those to learn from; where too little is left to hold anything out, none are."""
+        held = min(self.options.held_out, sequences // 4)
+        parts = ((0, held), (held, sequences))
+        held_out, rest = (
+            [slice(start, min(start + self.batch_size, end)) for start in range(first, end, self.batch_size)]
+            for first, end in parts
+        )
+        return held_out, rest
+
+
+def _alike(works: Sequence[_Work]) -> list[list[_Work]]:
+    """In parts of one scheme, which are solved as one matrix."""
+    parts: dict[Scheme, list[_Work]] = {}
+    for work in works:
+        parts.setdefault(work.scheme, []).append(work)
+    return list(parts.values())
+
+
+def _solve(
+    works: list[_Work], gram: Gram, check: Gram | None, *, part: float, options: ClosedFormOptions
+) -> dict[str, QuantLayer]:
+    """The codes of linears of one scheme that read the same; nothing where the moments have no inverse."""
+    scheme, h, width = works[0].scheme, gram.h / gram.tokens, len(gram.h)
+    if scheme.scale is None:
+        return {}
+    grid = GRIDS[scheme.grid]
+    coarse = grid.bits <= 3 or (grid.kind == "float" and grid.bits <= 4) or gram.tokens < _SHORT * width
+    hessian = prepared(h, _MORE_DAMPING if coarse else _DAMPING)
+    if hessian is None:
+        return {}
+    weight = torch.cat([work.weight.float() for work in works])
+    wanted = [weight]
+    if gram.drift is not None and check is not None and check.drift is not None and gram.tokens >= _NEVER * width:
+        wanted.append(towards(weight, h, gram.drift / gram.tokens, part=part, ridge=_RIDGE))
+    tried, found = _descended(works * len(wanted), torch.cat(wanted), hessian, options)
+    rows = weight.shape[0]
+    layers: dict[str, QuantLayer] = {}
+    for number, work in enumerate(works):
+        first = sum(len(before.weight) for before in works[:number])
+        own = [slice(first + rows * each, first + rows * each + len(work.weight)) for each in range(len(wanted))]
+        losses = [0.0 if check is None else _lost(work.weight.float(), found[place], check) for place in own]
+        best = min(range(len(wanted)), key=losses.__getitem__)
+        layers[work.name] = tried[len(works) * best + number].layer(found[own[best]])
+    return layers
+
+
+def _lost(weight: Tensor, found: Tensor, check: Gram) -> float:
+    """How far what a linear makes of its input is from what the original makes of its own, squared, but for a constant."""
+    error = weight - found
+    lost = (error @ check.h).mul_(error).sum()
+    if check.drift is not None:
+        lost += 2 * (weight @ check.drift).mul_(error).sum()
+    return lost.item()
+
+
+def _descended(works: list[_Work], wanted: Tensor, hessian: Hessian, options: ClosedFormOptions) -> tuple[list[_Work], Tensor]:
+    """The works on the ranges that they end with, and what their rows become, [rows, columns]."""
+    scheme, order = works[0].scheme, hessian.order
+    back = order.argsort()
+    aim = wanted.T[order].contiguous()
+    lattice = side_by_side([work.lattice() for work in works]).ordered(order)
+    found = feed_back(aim, lattice, hessian)
+    for _ in range(options.passes):
+        found = descend(aim, found, lattice, hessian)
+    lost = hessian.loss(aim - found)
+    refits = options.refits if scheme.block[0] == 1 and scheme.moves else 0
+    for _ in range(refits):
+        multiples = refit(
+            wanted.T, found[back], hessian.h[back][:, back], width=scheme.block[1] or len(aim), ridge=_REFIT_RIDGE
+        )
+        widths = [len(work.weight) for work in works]
+        stretched = [work.stretched(own) for work, own in zip(works, multiples.split(widths, dim=1), strict=True)]
+        other = side_by_side([work.lattice() for work in stretched]).ordered(order)
+        moved = descend(aim, lattice.moved(found, other), other, hessian)
+        now = hessian.loss(aim - moved)
+        better = now < lost
+        kept = torch.where(better, multiples, 1.0)
+        works = [work.stretched(own) for work, own in zip(works, kept.split(widths, dim=1), strict=True)]
+        lattice = side_by_side([work.lattice() for work in works]).ordered(order)
+        found, lost = torch.where(better, moved, found), torch.minimum(now, lost)
+    return works, found[back].T.contiguous()

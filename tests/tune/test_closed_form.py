@@ -1,0 +1,150 @@
+"""Closed form: what it measures is what it ships, it beats rounding, and it falls back where it cannot solve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bitlathe
+from bitlathe.formats.base import QuantLayer
+from bitlathe.model.hidden import Hidden
+from bitlathe.model.walk import Step
+from bitlathe.report import BlockReport, Event, read_report
+from bitlathe.tune.base import Tuned, block_error
+from bitlathe.tune.closed_form import ClosedForm
+from bitlathe.tune.grams import grams_of, read
+from bitlathe.tune.options import ClosedFormOptions
+from blocks import KINDS, SEQUENCES, TOKENS, as_written, schemes_of, turn
+from families import FAMILIES, save_model, write_text
+
+HELD = 3  # a quarter of the sequences
+
+
+def tune(step: Step, scheme: str, **changes: Any) -> Tuned:
+    tuner = ClosedForm(batch_size=4, options=ClosedFormOptions(**changes))
+    return tuner.tune(step, schemes_of(step, scheme), lambda *_: None)
+
+
+def error_of(layers: dict[str, QuantLayer], **where: Any) -> float:
+    """The error of the block that runs these codes, on the first sequences."""
+    step = turn(streams=2, **where)
+    step.block.freeze(layers)
+    assert step.inputs is not None and step.targets is not None
+    return block_error(step.block, step.inputs, step.targets, batches=[slice(0, HELD)])
+
+
+@pytest.mark.parametrize("scheme", KINDS)
+def test_what_was_measured_is_what_ships(scheme: str) -> None:
+    step = turn(streams=3, index=1)
+    tuned = tune(step, scheme)
+    assert tuned.after == error_of(as_written(tuned.layers), index=1)
+    assert tuned.before is not None and tuned.after is not None and tuned.after <= tuned.before
+    assert tuned.after < 0.85 * tuned.before or scheme.startswith(("W8", "FP8", "MXFP8"))
+    assert tuned.starved == () and (tuned.fallen is None or tuned.after == tuned.before)
+
+
+def test_each_piece_lowers_the_error() -> None:
+    errors = [
+        tune(turn(streams=3), "W2A16G32", passes=passes, refits=refits).after for passes, refits in ((0, 0), (2, 0), (2, 2))
+    ]
+    assert errors[0] is not None and errors[1] is not None and errors[2] is not None
+    assert errors[2] < 0.98 * errors[0]
+
+
+def test_later_stages_read_what_earlier_ones_make() -> None:
+    """Rounding the first stage alone changes what is gathered for the last."""
+    step = turn(streams=3)
+    first, last = step.block.stages[0][0], step.block.stages[-1][0][0]
+    batches = [slice(0, SEQUENCES)]
+    before = grams_of(step, [last], batches=batches)[last]
+    assert before.drift is not None and before.drift.abs().max() == 0
+    tuner = ClosedForm(batch_size=4, options=ClosedFormOptions())
+    schemes = {name: scheme for name, scheme in schemes_of(step, "W2A16G32").items() if name in first}
+    step.block.freeze(tuner.tune(step, schemes, lambda *_: None).layers)
+    after = grams_of(step, [last], batches=batches)[last]
+    assert after.drift is not None and after.drift.abs().max() > 0 and not torch.equal(after.h, before.h)
+    # The moments are those of what the linear reads.
+    seen: list[Tensor] = []
+    assert step.inputs is not None
+    with torch.no_grad(), step.block.watch([last], lambda _, x: seen.append(x)):
+        step.block(step.inputs[batches[0]])
+    x = seen[0].flatten(0, 1).double()
+    assert after.tokens <= SEQUENCES * TOKENS
+    if after.tokens == SEQUENCES * TOKENS:
+        torch.testing.assert_close(after.h.double(), x.T @ x, rtol=1e-3, atol=1e-3)
+
+
+def test_a_block_runs_no_further_than_it_must() -> None:
+    step = turn(streams=3)
+    assert step.inputs is not None
+    ran: list[str] = []
+    first, last = step.block.stages[0][0][0], step.block.stages[-1][0][0]
+    with torch.no_grad(), step.block.outputs([last], lambda name, _: ran.append(name)):
+        assert set(read(step.block, step.inputs[slice(0, 1)], [first])) == {first}
+        assert ran == []
+        assert set(read(step.block, step.inputs[slice(0, 1)], [first, last])) == {first, last}
+
+
+def test_stages_are_in_order_and_complete() -> None:
+    step = turn(streams=3)
+    short = [[name.rpartition(".")[2] for group in stage for name in group] for stage in step.block.stages]
+    assert short == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_what_lost_on_held_out_text_is_rounded() -> None:
+    """Text to learn from that is nothing like the text that judges."""
+    step = turn(streams=3)
+    assert step.inputs is not None and step.original is not None and step.targets is not None
+    generator = torch.Generator().manual_seed(0)
+    states = step.inputs[slice(0, SEQUENCES)].clone()
+    channels = states.shape[-1]
+    states[HELD:] = 0
+    states[HELD:, :, : channels // 16] = 3 * torch.randn(SEQUENCES - HELD, TOKENS, channels // 16, generator=generator).to(
+        states.dtype
+    )
+    hidden = Hidden(states, torch.device("cpu"))
+    wanted = Hidden(torch.empty_like(states), torch.device("cpu"))
+    original = step.original[0]
+    with torch.no_grad():
+        wanted[slice(0, SEQUENCES)] = original(states)
+    tuned = tune(Step(step.block, hidden, wanted, (original, hidden)), "W2A16G32")
+    assert tuned.fallen is None or "rounded" in tuned.fallen
+    assert tuned.before is not None and tuned.after is not None and tuned.after <= tuned.before
+
+
+def test_moments_without_an_inverse_leave_a_linear_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = turn(streams=3)
+    assert step.inputs is not None
+    down = step.block.stages[-1][0][0]
+    monkeypatch.setattr("bitlathe.tune.closed_form.prepared", lambda h, _: None)
+    tuned = tune(step, "W4A16")
+    assert tuned.fallen is not None and down in tuned.fallen
+    assert tuned.after == tuned.before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_tuned_and_a_stopped_run_continues(family: str, tmp_path: Path) -> None:
+    model, text = tmp_path / "model", write_text(tmp_path / "text.txt", 600)
+    save_model(model, family)
+    asked = {"scheme": "W3A16G32", "tuner": "closed-form", "calib": str(text), "samples": 8, "seqlen": 32, "device": "cpu"}
+    bitlathe.quantize(str(model), out=tmp_path / "whole", **asked)
+    blocks = read_report(tmp_path / "whole")["blocks"]
+    assert all(block["loss_after"] <= block["loss_before"] for block in blocks if block["loss_after"] is not None)
+    assert any(block["loss_after"] < block["loss_before"] for block in blocks if block["loss_after"] is not None)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(event: Event) -> None:
+        if isinstance(event, BlockReport):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        bitlathe.quantize(str(model), out=tmp_path / "twice", listen=stop, **asked)
+    bitlathe.quantize(str(model), out=tmp_path / "twice", **asked)
+    for file in sorted((tmp_path / "whole").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "twice" / file.name).read_bytes(), file.name
