@@ -126,17 +126,17 @@ def test_refitted_scales_cost_less(name: str) -> None:
 def test_what_an_input_lost_is_made_up_for() -> None:
     w, original = weights(), inputs()
     x = original * 0.9 + 0.1 * torch.randn(TOKENS, COLUMNS, generator=torch.Generator().manual_seed(5))
-    h, drift = moments(x), (original - x).T @ x / TOKENS
+    h, missing = moments(x), w @ (original - x).T @ x / TOKENS
 
     def off(weight: Tensor) -> float:
         return (original @ w.T - x @ weight.T).square().mean().item()
 
-    made_up = towards(w, h, drift, part=1.0, ridge=1e-4)
+    made_up = towards(w, h, missing, part=1.0, ridge=1e-4)
     # Least squares knows no better.
     best = torch.linalg.lstsq(x.double(), (original @ w.T).double()).solution.T
     assert off(made_up) < 0.5 * off(w)
     assert off(made_up) == pytest.approx(off(best.float()), rel=1e-2)
-    assert off(w) > off(towards(w, h, drift, part=0.5, ridge=1e-4)) > off(made_up)
+    assert off(w) > off(towards(w, h, missing, part=0.5, ridge=1e-4)) > off(made_up)
 
 
 def test_moments_without_an_inverse_are_damped_or_refused() -> None:

@@ -78,6 +78,29 @@ def test_later_stages_read_what_earlier_ones_make() -> None:
         torch.testing.assert_close(after.h.double(), x.T @ x, rtol=1e-3, atol=1e-3)
 
 
+def test_what_an_output_is_added_to_is_known() -> None:
+    """A stream that lacks something from the start: what o_proj and down_proj are added to lacks it too."""
+    step = turn(streams=3)
+    assert step.inputs is not None and step.original is not None
+    everything = slice(0, SEQUENCES)
+    states = step.inputs[everything]
+    lost = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.dtype) * states.std() * 0.1
+    received = Hidden(states.clone(), torch.device("cpu"))
+    short = Step(step.block, Hidden(states - lost, torch.device("cpu")), step.targets, (step.original[0], received))
+    o_proj, down_proj = step.block.stages[1][0][0], step.block.stages[3][0][0]
+    grams = grams_of(short, [o_proj, down_proj], batches=[everything])
+    with torch.no_grad():
+        x = read(short.block, states - lost, [o_proj])[o_proj].x.flatten(0, 1).float()
+    gap = (states.float() - (states - lost).float()).flatten(0, 1)
+    gram = grams[o_proj]
+    assert gram.onto is not None and grams[down_proj].onto is not None and gram.tokens == len(x)
+    torch.testing.assert_close(gram.onto, gap.T @ x, rtol=1e-3, atol=1e-3)
+    weight = step.block.weight(o_proj).float()
+    missing = gram.missing(weight)
+    assert missing is not None and gram.drift is not None
+    torch.testing.assert_close(missing, (weight @ gram.drift + gram.onto) / len(x))
+
+
 def test_a_block_runs_no_further_than_it_must() -> None:
     step = turn(streams=3)
     assert step.inputs is not None

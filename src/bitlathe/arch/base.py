@@ -16,8 +16,9 @@ class Linear:
     name: module path inside the block; "*" stands for the number of an expert. reads, writes: the spaces at its input and
     output: "residual", "value" (per head), "rope" (queries and keys before RoPE), "qkv" (those and the values, in one matrix),
     "mid" (behind the gate), "gate_up", "branch" (what a norm scales before it is added to the residual stream), "routing".
-    norm: module path, inside the block, of the norm whose output it reads; None where it reads a space as it is. fused: linears
-    of a block with the same label are run as one by serving engines, so they share one scheme and one tensor-wide scale.
+    norm: module path, inside the block, of the norm whose output it reads; None where it reads a space as it is. onto: that of
+    the norm that reads what its output is added to, if it is added as it is. fused: linears of a block with the same label are
+    run as one by serving engines, so they share one scheme and one tensor-wide scale.
     router: it chooses experts or weighs them, and is never quantized; its module may be any that has a `weight`.
     """
 
@@ -25,6 +26,7 @@ class Linear:
     reads: str
     writes: str
     norm: str | None = None
+    onto: str | None = None
     fused: str | None = None
     router: bool = False
 
@@ -63,5 +65,5 @@ class Arch:
         row = next((row for row in self.linears if row.name == template), None)
         if row is None or name != f"{block}.{inner}":
             return None
-        norm, fused = (part and f"{block}.{part}" for part in (row.norm, row.fused))
-        return replace(row, name=name, norm=norm, fused=fused)
+        norm, onto, fused = (part and f"{block}.{part}" for part in (row.norm, row.onto, row.fused))
+        return replace(row, name=name, norm=norm, onto=onto, fused=fused)

@@ -9,9 +9,9 @@ LLAMA = Arch(
         Linear("self_attn.q_proj", "residual", "rope", norm="input_layernorm", fused="self_attn.qkv"),
         Linear("self_attn.k_proj", "residual", "rope", norm="input_layernorm", fused="self_attn.qkv"),
         Linear("self_attn.v_proj", "residual", "value", norm="input_layernorm", fused="self_attn.qkv"),
-        Linear("self_attn.o_proj", "value", "residual"),
+        Linear("self_attn.o_proj", "value", "residual", onto="input_layernorm"),
         Linear("mlp.gate_proj", "residual", "gate_up", norm="post_attention_layernorm", fused="mlp.gate_up"),
         Linear("mlp.up_proj", "residual", "gate_up", norm="post_attention_layernorm", fused="mlp.gate_up"),
-        Linear("mlp.down_proj", "mid", "residual"),
+        Linear("mlp.down_proj", "mid", "residual", onto="post_attention_layernorm"),
     )
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +29,7 @@ class Block:
     index: its place, 0-based. name: its path in the model ("model.layers.0"); every other name here is full as well.
     linears: the names that a plan may quantize. fused: linear -> label of the group that is served as one matrix. stages: the
     linears in the order in which they run, in groups that read the same; experts side by side.
+    onto: linear -> the norm that reads what its output is added to, for those whose output is added as it is.
     call: the keyword arguments the model would have called it with, beside the hidden states. attention: the name of its
     attention module, None where it has none.
     """
@@ -42,6 +43,7 @@ class Block:
     dtype: torch.dtype
     attention: str | None = None
     stages: tuple[tuple[tuple[str, ...], ...], ...] = ()
+    onto: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, x_BTD: Tensor) -> Tensor:
         """The block's output [batch, tokens, width] for hidden states of the same shape."""
@@ -109,6 +111,21 @@ class Block:
         inputs as they are turned and rounded by then."""
         with _hooked({name: self.linear(name).stage for name in names}, see):
             yield
+
+    @contextmanager
+    def given(self, modules: Iterable[str], see: Any) -> Iterator[None]:
+        """While open, `see(name, x)` is called with the first argument of all calls of the modules of these names."""
+        handles = [
+            self.module.get_submodule(self.inner(name)).register_forward_pre_hook(
+                lambda _module, given, name=name: see(name, given[0])
+            )
+            for name in modules
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def outputs(self, names: Iterable[str], see: Any) -> Iterator[None]:

@@ -166,7 +166,8 @@ class Skeleton:
         prefix = f"{name}."
         linears = tuple(linear for linear in self.linears if linear.startswith(prefix) and not self.rows[linear].router)
         attention = f"{name}.{self.arch.attention}"
-        block = Block(index, name, module, linears, self.fused, call, weights.dtype, attention, self._stages(linears))
+        order = {"stages": self._stages(linears), "onto": self._onto(linears)}
+        block = Block(index, name, module, linears, self.fused, call, weights.dtype, attention, **order)
         return staged(block, weights)
 
     def _stages(self, linears: Iterable[str]) -> tuple[tuple[tuple[str, ...], ...], ...]:
@@ -178,6 +179,10 @@ class Skeleton:
             kind = self.arch.template(name).rpartition(".")[0]
             stages.setdefault((kind, reads), {}).setdefault(parent, []).append(name)
         return tuple(tuple(map(tuple, groups.values())) for groups in stages.values())
+
+    def _onto(self, linears: Iterable[str]) -> dict[str, str]:
+        """See `Block.onto`."""
+        return {name: norm for name in linears if (norm := self.rows[name].onto) is not None}
 
     def head(self, weights: Weights) -> Head:
         """The end of the model, with its weights."""

@@ -119,13 +119,13 @@ def refit(wanted: Tensor, found: Tensor, h: Tensor, *, width: int, ridge: float)
     return multiples
 
 
-def towards(weight: Tensor, h: Tensor, drift: Tensor, *, part: float, ridge: float) -> Tensor:
-    """The weights [rows, columns] that W becomes so that it makes of the input x what it made of the original's, x_f.
+def towards(weight: Tensor, h: Tensor, missing: Tensor, *, part: float, ridge: float) -> Tensor:
+    """The weights [rows, columns] that W becomes so that it makes up for what its output lacks, as far as its input x tells.
 
-    drift: E[(x_f - x) x^T] [columns, columns]. part: how much of the difference is made up for. ridge: in mean diagonals of H,
-    added to it: what is small in H is known badly.
+    missing: E[e x^T] [rows, columns], e what the output lacks: W (x_f - x), where it should be W x_f. part: how much of it is
+    made up for. ridge: in mean diagonals of H, added to it: what is small in H is known badly.
     """
     damped = h.clone()
     damped.diagonal().add_(ridge * h.diagonal().mean())
     lower, _ = torch.linalg.cholesky_ex(damped)
-    return weight + part * torch.cholesky_solve((weight @ drift).T, lower).T
+    return weight + part * torch.cholesky_solve(missing.T, lower).T

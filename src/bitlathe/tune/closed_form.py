@@ -158,8 +158,9 @@ def _solve(
         return {}
     weight = torch.cat([work.weight.float() for work in works])
     wanted = [weight]
-    if gram.drift is not None and check is not None and check.drift is not None and gram.tokens >= _NEVER * width:
-        wanted.append(towards(weight, h, gram.drift / gram.tokens, part=part, ridge=_RIDGE))
+    missing = gram.missing(weight)
+    if missing is not None and check is not None and gram.tokens >= _NEVER * width:
+        wanted.append(towards(weight, h, missing, part=part, ridge=_RIDGE))
     tried, found = _descended(works * len(wanted), torch.cat(wanted), hessian, options)
     rows = weight.shape[0]
     layers: dict[str, QuantLayer] = {}
@@ -174,11 +175,9 @@ def _solve(
 
 def _lost(weight: Tensor, found: Tensor, check: Gram) -> float:
     """How far what a linear makes of its input is from what the original makes of its own, squared, but for a constant."""
-    error = weight - found
-    lost = (error @ check.h).mul_(error).sum()
-    if check.drift is not None:
-        lost += 2 * (weight @ check.drift).mul_(error).sum()
-    return lost.item()
+    error, missing = weight - found, check.missing(weight)
+    lost = error @ check.h / check.tokens
+    return ((lost if missing is None else lost + 2 * missing) * error).sum().item()
 
 
 def _descended(works: list[_Work], wanted: Tensor, hessian: Hessian, options: ClosedFormOptions) -> tuple[list[_Work], Tensor]:
