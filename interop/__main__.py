@@ -130,14 +130,15 @@ def _python(name: str, environments: Path) -> str:
     if name not in ENVIRONMENTS:
         return sys.executable
     environment = environments / ENVIRONMENTS[name]
-    python = environment / "bin" / "python"
-    if not python.exists():
+    python, complete = environment / "bin" / "python", environment / "complete"
+    if not complete.exists():
         print(f"making {environment}", file=sys.stderr)
         requirements = Path(__file__).parent / "requirements" / f"{environment.name}.txt"
         subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "--requirement", str(requirements)], check=True)
         subprocess.run([*pip, "--editable", str(ROOT)], check=True)
+        complete.touch()
     return str(python)
 
 
