@@ -36,6 +36,7 @@ FROZEN = {
         "--out|--output-dir",
         "--format",
         "--tuner",
+        "--effort",
         "--iters",
         "--enable-alg-ext",
         "--calib|--dataset",
