@@ -59,7 +59,8 @@ def test_defaults_are_the_documented_ones() -> None:
 
 def test_steps_ask_for_the_tuner_that_takes_them() -> None:
     assert merge(MINIMAL, {"iters": 50}).tuner == "signround"
-    assert merge(MINIMAL, {"iters": None}).tuner == "closed-form"
+    assert merge(MINIMAL).tuner == "closed-form"
+    assert merge(MINIMAL, {"signround": {"start": "searched"}}).tuner == "signround"
     assert merge(MINIMAL, {"iters": 50}, {"tuner": "signround"}).iters == 50
     with pytest.raises(RecipeError, match="iters is for the tuner signround, and the tuner is closed-form"):
         merge(MINIMAL, {"iters": 50, "tuner": "closed-form"})

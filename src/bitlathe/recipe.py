@@ -43,6 +43,8 @@ from bitlathe.turns import ROTATIONS, rotations_named, turn_named
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _NONE = "none"
+# What only signround has: whoever says one of these and no tuner asks for it.
+_SIGNROUNDS = ("iters", "signround")
 # Tuner -> the field that it does not listen to, and the tuner that does.
 _UNHEARD = {"closed-form": ("iters", "signround"), "signround": ("effort", "closed-form"), "rtn": ("effort", "closed-form")}
 # Fields that change neither the numbers nor the files of the result, or are told by what they stand for.
@@ -80,7 +82,7 @@ class Recipe(BaseModel):
     width. rotation_seed: of their random signs. rotation_trials: how many vectors of signs are drawn, of which the best is
     kept. act_asymmetric: integer activations have a zero point. act_clip: part of a range of activations that is kept, at most
     1. kv: the scheme of cached keys and values, a name in KV_SCHEMES or its bits; None keeps them. formats: the checkpoints
-    written. tuner: how codes are found; signround where only iters is said. effort: how much closed-form does. iters: steps of
+    written. tuner: how codes are found; signround where only its fields are said. effort: how much closed-form does. iters: steps of
     signround a block. batch_size: sequences a step. calib: a data set on the Hub, a text file, or "builtin". samples, seqlen:
     calibration windows and their length in tokens. device: auto, cpu, cuda or cuda:i. dtype: of what stays in 16 bits; auto
     follows the model. seed: of every random choice but the signs of rotations. scores: the folder in which what a search finds
@@ -299,8 +301,8 @@ def merge(*layers: Mapping[str, Any]) -> Recipe:
                 # A key that is given again moves to the end: of overrides, the last that matches wins.
                 value = {key: kept for key, kept in before.items() if key not in value} | dict(value)
             merged[name] = value
-    if merged.get("iters") is not None and merged.get("tuner") is None:
-        merged["tuner"] = "signround"  # the tuner that takes steps
+    if "tuner" not in merged and any(name in merged for name in _SIGNROUNDS):
+        merged["tuner"] = "signround"
     if merged.get("bits") is not None and merged.get("scheme") is not None:
         raise RecipeError(
             f"bits={merged['bits']} asks for a search, which chooses a scheme for every linear, and scheme={merged['scheme']} "
