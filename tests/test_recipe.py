@@ -38,7 +38,8 @@ def test_defaults_are_the_documented_ones() -> None:
         "act_clip": 1.0,
         "kv": None,
         "formats": ("native",),
-        "tuner": "signround",
+        "tuner": "closed-form",
+        "effort": "normal",
         "iters": 200,
         "batch_size": 8,
         "calib": "NeelNanda/pile-10k",
@@ -54,6 +55,19 @@ def test_defaults_are_the_documented_ones() -> None:
         "signround": {"start": "plain", "lr": None, "compile": False, "held_out": 8, "check_every": 20},
         "closed_form": {"passes": 2, "refits": 2, "held_out": 8},
     }
+
+
+def test_steps_ask_for_the_tuner_that_takes_them() -> None:
+    assert merge(MINIMAL, {"iters": 50}).tuner == "signround"
+    assert merge(MINIMAL).tuner == "closed-form"
+    assert merge(MINIMAL, {"signround": {"start": "searched"}}).tuner == "signround"
+    assert merge(MINIMAL, {"iters": 50}, {"tuner": "signround"}).iters == 50
+    with pytest.raises(RecipeError, match="iters is for the tuner signround, and the tuner is closed-form"):
+        merge(MINIMAL, {"iters": 50, "tuner": "closed-form"})
+    with pytest.raises(RecipeError, match="effort is for the tuner closed-form, and the tuner is signround"):
+        merge(MINIMAL, {"effort": "fast", "iters": 50})
+    with pytest.raises(RecipeError, match="effort"):
+        merge(MINIMAL, {"effort": "some"})
 
 
 def test_a_recipe_survives_its_own_dump() -> None:

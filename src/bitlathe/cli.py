@@ -150,8 +150,14 @@ def quantize(
     tuner: Annotated[
         str | None, Option(metavar="|".join(TUNERS), show_default=options.default("tuner"), help="How codes are found.")
     ] = None,
+    effort: Annotated[
+        str | None,
+        Option(
+            metavar="fast|normal", show_default=options.default("effort"), help="Of closed-form; fast: searched rounding alone."
+        ),
+    ] = None,
     iters: Annotated[
-        int | None, Option(metavar="N", show_default=options.default("iters"), help="Tuning steps a block.")
+        int | None, Option(metavar="N", show_default=options.default("iters"), help="Steps a block of signround.")
     ] = None,
     enable_alg_ext: Annotated[
         bool,

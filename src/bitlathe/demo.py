@@ -27,7 +27,7 @@ _MODEL = "builtin"
 _PROMPT = "It was a dark night, and the old man"
 _NEW_TOKENS = 40
 # Short windows and few steps: the demo is to take seconds a block on two cores, and four bits gain little from more.
-_SEQLEN, _SAMPLES, _ITERS = 256, 64, 50
+_SEQLEN, _SAMPLES = 256, 64
 
 
 def demo(out: Path | None, *, listen: Listener) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def demo(out: Path | None, *, listen: Listener) -> dict[str, Any]:
 
 
 def _run(out: Path, listen: Listener) -> dict[str, Any]:
-    quantize(_MODEL, out=out, scheme=SCHEME, calib="builtin", seqlen=_SEQLEN, samples=_SAMPLES, iters=_ITERS, listen=listen)
+    quantize(_MODEL, out=out, scheme=SCHEME, calib="builtin", seqlen=_SEQLEN, samples=_SAMPLES, listen=listen)
     evaluation = _in_new_process("bitlathe", "eval", str(out), "--against", _MODEL, "--seqlen", str(_SEQLEN), "--json")
     verified = _in_new_process("bitlathe", "verify", str(out), "--json")
     quantized = _in_new_process("bitlathe.demo", str(out))

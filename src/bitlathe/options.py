@@ -17,7 +17,7 @@ from bitlathe.numerics.scheme import KV_SCHEMES
 from bitlathe.plan_file import refuse_both
 from bitlathe.recipe import Memory, Recipe, merge, parse_overrides, parse_sets, read_yaml
 from bitlathe.registry import load
-from bitlathe.tune.options import RtnOptions, SignRoundOptions
+from bitlathe.tune.options import ClosedFormOptions, RtnOptions, SignRoundOptions
 
 
 def default(field: str) -> str:
@@ -32,6 +32,7 @@ _SETTABLE = ", ".join(
     [
         f"memory.activations={human(Memory().activations)} (bytes)",
         *(f"search.{name}={value}" for name, value in SearchOptions()),
+        *(f"closed_form.{name}={value}" for name, value in ClosedFormOptions()),
         *(f"rtn.{name}={value}" for name, value in RtnOptions()),
         *(f"signround.{name}={'1/iters' if value is None else value}" for name, value in SignRoundOptions()),
     ]

@@ -38,11 +38,15 @@ from bitlathe.numerics.scheme import KV_SCHEMES, canonical_name
 from bitlathe.plan import KEEP
 from bitlathe.registry import canonical, did_you_mean
 from bitlathe.tune import TUNERS
-from bitlathe.tune.options import ClosedFormOptions, RtnOptions, SignRoundOptions, TuneOptions
+from bitlathe.tune.options import ClosedFormOptions, Effort, RtnOptions, SignRoundOptions, TuneOptions
 from bitlathe.turns import ROTATIONS, rotations_named, turn_named
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _NONE = "none"
+# What only signround has: whoever says one of these and no tuner asks for it.
+_SIGNROUNDS = ("iters", "signround")
+# Tuner -> the field that it does not listen to, and the tuner that does.
+_UNHEARD = {"closed-form": ("iters", "signround"), "signround": ("effort", "closed-form"), "rtn": ("effort", "closed-form")}
 # Fields that change neither the numbers nor the files of the result, or are told by what they stand for.
 _APART = {"model", "out", "calib", "device", "memory", "scores"}
 
@@ -78,11 +82,11 @@ class Recipe(BaseModel):
     width. rotation_seed: of their random signs. rotation_trials: how many vectors of signs are drawn, of which the best is
     kept. act_asymmetric: integer activations have a zero point. act_clip: part of a range of activations that is kept, at most
     1. kv: the scheme of cached keys and values, a name in KV_SCHEMES or its bits; None keeps them. formats: the checkpoints
-    written. tuner: how codes are found. iters: its steps a block. batch_size: sequences a step. calib: a data set on the Hub, a
-    text file, or "builtin". samples, seqlen: calibration windows and their length in tokens. device: auto, cpu, cuda or cuda:i.
-    dtype: of what stays in 16 bits; auto follows the model. seed: of every random choice but the signs of rotations. scores:
-    the folder in which what a search finds out is kept; None is one in the user's cache. memory, search, rtn, signround,
-    closed_form: see their types.
+    written. tuner: how codes are found; signround where its fields are said alone. effort: how much closed-form does. iters: steps
+    of signround a block. batch_size: sequences a step. calib: a data set on the Hub, a text file, or "builtin". samples, seqlen:
+    calibration windows and their length in tokens. device: auto, cpu, cuda or cuda:i. dtype: of what stays in 16 bits; auto
+    follows the model. seed: of every random choice but the signs of rotations. scores: the folder in which what a search finds
+    out is kept; None is one in the user's cache. memory, search, rtn, signround, closed_form: see their types.
 
     Raises RecipeError, naming the field, for anything that is not understood.
     """
@@ -106,7 +110,8 @@ class Recipe(BaseModel):
     act_clip: float = Field(default=1.0, gt=0, le=1)
     kv: str | None = None
     formats: tuple[str, ...] = ("native",)
-    tuner: str = "signround"
+    tuner: str = "closed-form"
+    effort: Effort = "normal"
     iters: PositiveInt = 200
     batch_size: PositiveInt = 8
     calib: str = "NeelNanda/pile-10k"
@@ -237,7 +242,12 @@ class Recipe(BaseModel):
         raise ValueError(f"a section, not a value: set one of its fields, {_fields_of(str(info.field_name))}")
 
     def _refuse_two_ways(self) -> None:
-        """There is one way to say what a linear gets."""
+        """There is one way to say what a linear gets, and nothing is said to a tuner that does not listen."""
+        name, tuner = _UNHEARD[self.tuner]
+        if getattr(self, name) != type(self).model_fields[name].default:
+            raise RecipeError(
+                f"{name} is for the tuner {tuner}, and the tuner is {self.tuner}: leave it out, or ask for tuner={tuner}"
+            )
         if self.bits is not None and self.linears:
             raise RecipeError("bits asks for a search, and linears says what it would choose: leave one of the two out")
         lone = [name for name in ("schemes", "include", "groups") if getattr(self, name)]
@@ -291,6 +301,8 @@ def merge(*layers: Mapping[str, Any]) -> Recipe:
                 # A key that is given again moves to the end: of overrides, the last that matches wins.
                 value = {key: kept for key, kept in before.items() if key not in value} | dict(value)
             merged[name] = value
+    if "tuner" not in merged and any(name in merged for name in _SIGNROUNDS):
+        merged["tuner"] = "signround"
     if merged.get("bits") is not None and merged.get("scheme") is not None:
         raise RecipeError(
             f"bits={merged['bits']} asks for a search, which chooses a scheme for every linear, and scheme={merged['scheme']} "
@@ -387,6 +399,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "search": SearchOptions,
     "rtn": RtnOptions,
     "signround": SignRoundOptions,
+    "closed_form": ClosedFormOptions,
 }
 
 

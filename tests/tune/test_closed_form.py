@@ -171,3 +171,13 @@ def test_every_family_is_tuned_and_a_stopped_run_continues(family: str, tmp_path
     bitlathe.quantize(str(model), out=tmp_path / "twice", **asked)
     for file in sorted((tmp_path / "whole").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "twice" / file.name).read_bytes(), file.name
+
+
+def test_little_effort_is_searched_rounding(tmp_path: Path) -> None:
+    model, text = tmp_path / "model", write_text(tmp_path / "text.txt", 600)
+    save_model(model)
+    asked = {"scheme": "W3A16G32", "calib": str(text), "samples": 8, "seqlen": 32, "device": "cpu"}
+    bitlathe.quantize(str(model), out=tmp_path / "fast", effort="fast", **asked)
+    bitlathe.quantize(str(model), out=tmp_path / "rtn", tuner="rtn", **asked)
+    for file in sorted((tmp_path / "rtn").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "fast" / file.name).read_bytes()

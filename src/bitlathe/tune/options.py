@@ -51,11 +51,16 @@ class ClosedFormOptions(BaseModel):
     held_out: int = Field(default=8, ge=0)
 
 
+# Of closed-form: round to nearest on searched ranges; or all of it.
+Effort = Literal["fast", "normal"]
+
+
 class TuneOptions(BaseModel):
     """What a tuner may take from a recipe; see `Recipe` for the fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    effort: Effort
     iters: int
     batch_size: int
     seed: int
