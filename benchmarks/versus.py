@@ -86,7 +86,7 @@ def measure(settings: Settings, scheme: str, name: str, seed: int) -> dict[str, 
         return {"error": "not done by it here"}
     with tempfile.TemporaryDirectory(prefix="bitlathe-versus-") as folder:
         tokens = f"{folder}/tokens"
-        windows = _windows(settings, seed)
+        windows = windows_for(settings, seed)
         save_file(windows, tokens)
         said = {**SCHEMES[scheme], **fields, **settings.fields} if tool is OURS else {}
         job = Job(
@@ -114,7 +114,7 @@ def measure(settings: Settings, scheme: str, name: str, seed: int) -> dict[str, 
         return spent | figures
 
 
-def _windows(settings: Settings, seed: int) -> dict[str, torch.Tensor]:
+def windows_for(settings: Settings, seed: int) -> dict[str, torch.Tensor]:
     """Calibration windows as `bitlathe.quantize` chooses them by the seed, evaluation windows as `bitlathe.evaluate` does."""
     tokenizer = tokenizer_of(Path(settings.model))
     found = {}
