@@ -12,7 +12,7 @@ MODEL ?= builtin
 CALIB ?= builtin
 TEXT ?= builtin
 
-.PHONY: help install demo test lint types rules sizes format bench interop clean
+.PHONY: help install demo test lint types rules sizes format bench versus interop clean
 
 help:
 	@echo "make demo    quantize the bundled model, reload it, compare it with the original"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint    ruff                          make types   pyright"
 	@echo "make sizes   files and functions that have grown long"
 	@echo "make bench   the figures of docs/benchmarks.md; MODEL=, CALIB=, TEXT= and ONLY= (tables, by commas) choose what"
+	@echo "make versus  the same model quantized by other programs and by us; makes an environment for each"
 	@echo "make interop read every format with the programs it is for (docs/interop.md); makes an environment for each"
 	@echo "make format  let ruff rewrite              make clean   remove what the others made"
 
@@ -56,9 +57,12 @@ sizes: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks --model $(MODEL) --calib $(CALIB) --text $(TEXT) $(if $(ONLY),--only $(ONLY))
 
+versus: $(INSTALLED)
+	$(BIN)/python -m benchmarks.versus --model $(MODEL) --calib $(CALIB) --text $(TEXT)
+
 interop: $(INSTALLED)
 	$(BIN)/python -m interop
 
 clean:
-	rm -rf $(VENV) .ci-venv .interop build dist demo-out bench-out .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) .ci-venv .interop .versus build dist demo-out bench-out .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests interop -name __pycache__ -type d -prune -exec rm -rf {} +

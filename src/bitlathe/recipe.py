@@ -82,8 +82,8 @@ class Recipe(BaseModel):
     width. rotation_seed: of their random signs. rotation_trials: how many vectors of signs are drawn, of which the best is
     kept. act_asymmetric: integer activations have a zero point. act_clip: part of a range of activations that is kept, at most
     1. kv: the scheme of cached keys and values, a name in KV_SCHEMES or its bits; None keeps them. formats: the checkpoints
-    written. tuner: how codes are found; signround where its fields are said alone. effort: how much closed-form does. iters: steps
-    of signround a block. batch_size: sequences a step. calib: a data set on the Hub, a text file, or "builtin". samples, seqlen:
+    written. tuner: how codes are found; signround where its fields are said alone. effort: how much closed-form does. iters:
+    steps of signround. batch_size: sequences a step. calib: a data set on the Hub, a text file, or "builtin". samples, seqlen:
     calibration windows and their length in tokens. device: auto, cpu, cuda or cuda:i. dtype: of what stays in 16 bits; auto
     follows the model. seed: of every random choice but the signs of rotations. scores: the folder in which what a search finds
     out is kept; None is one in the user's cache. memory, search, rtn, signround, closed_form: see their types.
