@@ -161,7 +161,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=3, help="how many are quantized, at least 2 (default: 3)")
     parser.add_argument("--vocab", type=int, help="a smaller vocabulary, to leave the embeddings out of it")
     parser.add_argument("--scheme", default="W4A16", help="default: W4A16")
-    parser.add_argument("--tuners", default="rtn", help="as tuner or tuner:effort, with commas (default: rtn)")
+    parser.add_argument("--tuners", default="closed-form", help="as tuner or tuner:effort, with commas")
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="FIELD=VALUE", help="more of the recipe")
     parser.add_argument("--calib", default="builtin", help="calibration text (default: the bundled one)")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows (default: 128)")

@@ -202,7 +202,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--schemes", default=",".join(SCHEMES), help=f"with commas (default: {','.join(SCHEMES)})")
     parser.add_argument("--tools", default=",".join(OTHERS), help=f"other programs, with commas (default: {','.join(OTHERS)})")
-    parser.add_argument("--tuners", default="rtn,signround", help="ours, as tuner or tuner:effort (default: rtn,signround)")
+    parser.add_argument("--tuners", default="closed-form:fast,closed-form,signround", help="ours, as tuner or tuner:effort")
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="FIELD=VALUE", help="more of our recipe")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds the medians are over (default: 3)")
     parser.add_argument("--steps", type=int, default=200, help="of tuners that take steps (default: 200)")
