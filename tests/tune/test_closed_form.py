@@ -16,7 +16,7 @@ from bitlathe.model.walk import Step
 from bitlathe.report import BlockReport, Event, read_report
 from bitlathe.tune.base import Tuned, block_error
 from bitlathe.tune.closed_form import ClosedForm
-from bitlathe.tune.grams import grams_of, read
+from bitlathe.tune.grams import Gram, blended, grams_of, read
 from bitlathe.tune.options import ClosedFormOptions
 from blocks import KINDS, SEQUENCES, TOKENS, as_written, schemes_of, turn
 from families import FAMILIES, save_model, write_text
@@ -147,6 +147,30 @@ def test_moments_without_an_inverse_leave_a_linear_rounded(monkeypatch: pytest.M
     tuned = tune(step, "W4A16")
     assert tuned.fallen is not None and down in tuned.fallen
     assert tuned.after == tuned.before
+
+
+def test_what_is_solved_together_does_not_change_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = tune(turn(streams=3), "W4A16G32")
+    monkeypatch.setattr("bitlathe.tune.closed_form._AT_A_TIME", 1)
+    alone = tune(turn(streams=3), "W4A16G32")
+    assert together.layers.keys() == alone.layers.keys()
+    for name, layer in together.layers.items():
+        # Sums of float32 come in another order.
+        assert (layer.weight.codes == alone.layers[name].weight.codes).float().mean() > 0.99, name
+
+
+def test_experts_of_few_tokens_borrow_from_the_others() -> None:
+    square = torch.eye(4)
+    grams = {
+        "few": Gram(2 * square, None, None, 2),
+        "many": Gram(600 * square * 3, None, None, 600),
+        "none": Gram(square, None, None, 0),
+    }
+    filled = blended(grams)
+    assert set(filled) == {"few", "many"} and filled["many"] is grams["many"]
+    assert filled["few"].tokens == 256
+    torch.testing.assert_close(filled["few"].h, 2 * square + (1802 / 602) * 254 * square)
+    assert blended({"few": grams["few"]}) == {"few": grams["few"]}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

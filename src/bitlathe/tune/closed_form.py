@@ -12,8 +12,9 @@ the block gets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ _ALL, _HALF = 1.0, 0.5
 _RIDGE = 0.1  # of what makes up for it
 _NEVER = 4  # tokens a channel, below which nothing is made up for
 _REFIT_RIDGE = 0.01
+_AT_A_TIME = 1 << 25  # weights that are solved together
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,11 @@ class ClosedForm:
             groups = [group for names in stage if (group := [works[name] for name in names if name in works])]
             firsts = [group[0].name for group in groups]
             grams, checks = (grams_of(step, firsts, batches=batches) for batches in (rest, held))
+            grams = blended(grams)
             nearest: dict[str, QuantLayer] = {}
             now: dict[str, QuantLayer] = {}
             for group, first in zip(groups, firsts, strict=True):
-                gram = blended(first, grams)
+                gram = grams.get(first)
                 searched = [work.searched(gram) for work in group]
                 nearest |= {work.name: work.layer() for work in searched}
                 if gram is None:
@@ -122,7 +125,7 @@ class ClosedForm:
         block.swap(linears)
         block.freeze(rounded)
         before = block_error(block, inputs, targets, batches=held or rest[:1])
-        if after > before:
+        if not after <= before:  # a NaN is neither
             told = "in closed form it loses more than rounded to nearest, on text that nothing was learned from: it is rounded"
             return Tuned(rounded, before, before, tuple(starved), told)
         fallen = f"the moments of what {', '.join(failed)} reads have no inverse: rounded to nearest" if failed else None
@@ -151,29 +154,37 @@ def _solve(
     works: list[_Work], gram: Gram, check: Gram | None, *, part: float, options: ClosedFormOptions
 ) -> dict[str, QuantLayer]:
     """The codes of linears of one scheme that read the same; nothing where the moments have no inverse."""
-    scheme, h, width = works[0].scheme, gram.h / gram.tokens, len(gram.h)
-    if scheme.scale is None:
-        return {}
-    grid = GRIDS[scheme.grid]
+    grid, h, width = GRIDS[works[0].scheme.grid], gram.h / gram.tokens, len(gram.h)
     coarse = grid.bits <= 3 or (grid.kind == "float" and grid.bits <= 4) or gram.tokens < _SHORT * width
     hessian = prepared(h, _MORE_DAMPING if coarse else _DAMPING)
     if hessian is None:
         return {}
-    weight = torch.cat([work.weight.float() for work in works])
-    wanted = [weight]
-    missing = gram.missing(weight)
-    if missing is not None and check is not None and gram.tokens >= _NEVER * width:
-        wanted.append(towards(weight, h, missing, part=part, ridge=_RIDGE))
-    tried, found = _descended(works * len(wanted), torch.cat(wanted), hessian, options)
-    rows = weight.shape[0]
+    tried: list[tuple[_Work, Tensor]] = []
+    for work in works:
+        weight = work.weight.float()
+        tried.append((work, weight))
+        missing = gram.missing(weight)
+        if missing is not None and check is not None and gram.tokens >= _NEVER * width:
+            tried.append((work, towards(weight, h, missing, part=part, ridge=_RIDGE)))
+    least: dict[str, float] = {}
     layers: dict[str, QuantLayer] = {}
-    for number, work in enumerate(works):
-        first = sum(len(before.weight) for before in works[:number])
-        own = [slice(first + rows * each, first + rows * each + len(work.weight)) for each in range(len(wanted))]
-        losses = [0.0 if check is None else _lost(work.weight.float(), found[place], check) for place in own]
-        best = min(range(len(wanted)), key=losses.__getitem__)
-        layers[work.name] = tried[len(works) * best + number].layer(found[own[best]])
+    for portion in _portions(tried):
+        for work, found in _descended(portion, hessian, options):
+            lost = 0.0 if check is None else _lost(work.weight.float(), found, check)
+            if lost < least.get(work.name, inf):
+                least[work.name], layers[work.name] = lost, work.layer(found)
     return layers
+
+
+def _portions(tried: list[tuple[_Work, Tensor]]) -> Iterator[list[tuple[_Work, Tensor]]]:
+    """As many at a time as there should be in memory: rows side by side are solved in the same steps."""
+    portion: list[tuple[_Work, Tensor]] = []
+    for work, wanted in tried:
+        if portion and sum(before.numel() for _, before in portion) + wanted.numel() > _AT_A_TIME:
+            yield portion
+            portion = []
+        portion.append((work, wanted))
+    yield portion
 
 
 def _lost(weight: Tensor, found: Tensor, check: Gram) -> float:
@@ -183,10 +194,11 @@ def _lost(weight: Tensor, found: Tensor, check: Gram) -> float:
     return ((lost if missing is None else lost + 2 * missing) * error).sum().item()
 
 
-def _descended(works: list[_Work], wanted: Tensor, hessian: Hessian, options: ClosedFormOptions) -> tuple[list[_Work], Tensor]:
-    """The works on the ranges that they end with, and what their rows become, [rows, columns]."""
+def _descended(tried: list[tuple[_Work, Tensor]], hessian: Hessian, options: ClosedFormOptions) -> list[tuple[_Work, Tensor]]:
+    """Each work on the range that it ends with, and what its weights [rows, columns] become that should be near to others."""
+    works, wanted = [work for work, _ in tried], torch.cat([wanted for _, wanted in tried])
     scheme, order = works[0].scheme, hessian.order
-    back = order.argsort()
+    back, rows = order.argsort(), [len(work.weight) for work in works]
     aim = wanted.T[order].contiguous()
     lattice = side_by_side([work.lattice() for work in works]).ordered(order)
     found = feed_back(aim, lattice, hessian)
@@ -198,14 +210,13 @@ def _descended(works: list[_Work], wanted: Tensor, hessian: Hessian, options: Cl
         multiples = refit(
             wanted.T, found[back], hessian.h[back][:, back], width=scheme.block[1] or len(aim), ridge=_REFIT_RIDGE
         )
-        widths = [len(work.weight) for work in works]
-        stretched = [work.stretched(own) for work, own in zip(works, multiples.split(widths, dim=1), strict=True)]
+        stretched = [work.stretched(own) for work, own in zip(works, multiples.split(rows, dim=1), strict=True)]
         other = side_by_side([work.lattice() for work in stretched]).ordered(order)
         moved = descend(aim, lattice.moved(found, other), other, hessian)
         now = hessian.loss(aim - moved)
         better = now < lost
         kept = torch.where(better, multiples, 1.0)
-        works = [work.stretched(own) for work, own in zip(works, kept.split(widths, dim=1), strict=True)]
+        works = [work.stretched(own) for work, own in zip(works, kept.split(rows, dim=1), strict=True)]
         lattice = side_by_side([work.lattice() for work in works]).ordered(order)
         found, lost = torch.where(better, moved, found), torch.minimum(now, lost)
-    return works, found[back].T.contiguous()
+    return list(zip(works, found[back].T.contiguous().split(rows), strict=True))

@@ -109,12 +109,12 @@ def _add(gram: Gram, own: _Read, paired: _Read | None) -> None:
         gram.onto.addmm_((paired.onto[counts].float() - own.onto[counts].float()).T, x)
 
 
-def blended(name: str, grams: Mapping[str, Gram]) -> Gram | None:
-    """The moments of a group; those of few tokens filled up with the mean of all groups of its stage, which are experts. None
-    where no token reached it."""
-    gram = grams.get(name)
-    if gram is None or gram.tokens >= _FEW or len(grams) == 1:
-        return gram
-    tokens = sum(each.tokens for each in grams.values())
-    mean = torch.stack([each.h for each in grams.values()]).sum(0) / tokens
-    return Gram(gram.h + mean * (_FEW - gram.tokens), None, None, _FEW)
+def blended(grams: Mapping[str, Gram]) -> dict[str, Gram]:
+    """The moments of the groups of a stage that tokens reached; those of experts that few did are filled up with the mean."""
+    reached = {name: gram for name, gram in grams.items() if gram.tokens}
+    few = {name: gram for name, gram in reached.items() if gram.tokens < _FEW}
+    if len(reached) < 2 or not few:
+        return reached
+    mean = torch.stack([gram.h for gram in reached.values()]).sum(0) / sum(gram.tokens for gram in reached.values())
+    filled = {name: Gram(gram.h + mean * (_FEW - gram.tokens), None, None, _FEW) for name, gram in few.items()}
+    return reached | filled
