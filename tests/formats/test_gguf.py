@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as their_weights
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import bitlathe
 from bitlathe.arch import ARCHS
@@ -19,6 +19,7 @@ from bitlathe.mixes import MIXES, expanded
 from bitlathe.numerics.project import dequantize
 from bitlathe.numerics.scheme import LLAMA_CPP, SCHEMES
 from bitlathe.plan import LayerPlan
+from families import save_model
 from format_samples import bits_of, facts, layer_of, plan_of
 
 SHAPE = (12, 768)
@@ -98,3 +99,67 @@ def test_a_folder_is_what_transformers_reads(tmp_path: Path) -> None:
     assert (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean() <= 1e-5
     bitlathe.quantize(str(tmp_path / "model"), out=tmp_path / "again", **common)
     assert (tmp_path / "q" / "model.gguf").read_bytes() == (tmp_path / "again" / "model.gguf").read_bytes()
+
+
+GEMMAS = ("gemma2", "gemma3_text")
+
+
+def gemma(folder: Path, family: str, **changes: object) -> PreTrainedModel:
+    """A random model whose sizes and caps are those that transformers takes where a GGUF file does not say them to it."""
+    sizes = {"head_dim": 256, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1}
+    own = {"query_pre_attn_scalar": 256, "final_logit_softcapping": 30.0 if family == "gemma2" else None, "layer_types": None}
+    depth = 2 if family == "gemma2" else 6
+    return save_model(folder, family, **{**sizes, **own, "num_hidden_layers": depth, **changes})
+
+
+@pytest.mark.parametrize("family", GEMMAS)
+def test_gemma_is_what_transformers_reads(family: str, tmp_path: Path) -> None:
+    """Norms too, as the model multiplies by them: 1 more than their weights, of which a file in float32 has the sum."""
+    model = gemma(tmp_path / "model", family)
+    norms = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("norm.weight")}
+    assert len(norms) == 1 + model.config.num_hidden_layers * (4 if family == "gemma2" else 6)
+    every = torch.arange(-(2**15), 2**15).short().view(torch.bfloat16)
+    every = every[every.isfinite() & (every.abs() < 100)]  # larger ones would be all that is left of the model
+    tiny = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))]
+    norms["model.layers.0.input_layernorm.weight"].copy_(tiny[:256])
+    model.save_pretrained(tmp_path / "model")
+    common = {"scheme": "Q4_0", "formats": ["native", "gguf"], "tuner": "rtn", "rtn": {"scale": "min-max"}, "device": "cpu"}
+    bitlathe.quantize(str(tmp_path / "model"), out=tmp_path / "q", **common)
+    ours, native = (bitlathe.load(tmp_path / "q" / name, device="cpu").state_dict() for name in ("gguf", "native"))
+    for name, written in norms.items():
+        assert torch.equal(1 + ours[name].float(), 1 + written.float()), name
+        large = written.abs() >= 2**-16  # smaller ones are less than float32 tells apart beside 1
+        assert torch.equal(ours[name][large], written[large]), name
+    assert all(torch.equal(tensor, native[name]) for name, tensor in ours.items() if name not in norms)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q" / "gguf", gguf_file="model.gguf", dtype=torch.bfloat16)
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.state_dict().items())
+    tokens = torch.arange(3, 51)[None]
+    with torch.no_grad():
+        logits = [bitlathe.load(tmp_path / "q" / name, device="cpu")(tokens).logits for name in ("gguf", "native")]
+        logits.append(theirs(tokens).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 144}, r"queries scaled by 144 \(llama.cpp takes 256\)"),
+        ("gemma2", {"attn_logit_softcapping": None}, "gemma2 without both of its soft caps"),
+        ("gemma2", {"tie_word_embeddings": False}, "gemma2 with a head of its own"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "llama.cpp takes every one in 2"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "gemma3 with soft caps of attention"),
+        ("gemma3_text", {"attention_bias": True}, "attention with biases"),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 6}, "llama.cpp takes every one in 6"),
+        ("gemma3_text", {"hidden_activation": "gelu"}, r"an MLP with gelu \(gelu_pytorch_tanh is written\)"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "a sliding window of attention"),
+        ("olmo2", {}, "the family 'olmo2'"),
+    ],
+)
+def test_what_llama_cpp_would_run_otherwise_is_refused(
+    family: str, changes: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    made = gemma(tmp_path / "m", family, **changes) if family in GEMMAS else save_model(tmp_path / "m", family, **changes)
+    assert made.config.model_type == family
+    with pytest.raises(FormatError, match=f"does not write .*{said}.*Write the native format"):
+        bitlathe.quantize(str(tmp_path / "m"), out=tmp_path / "q", scheme="Q4_0", formats=["gguf"], device="cpu")

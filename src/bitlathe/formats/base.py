@@ -30,9 +30,10 @@ class QuantLayer:
 
 @dataclass(frozen=True)
 class Source:
-    """What a file of a whole model says beside its tensors. config: the result's config.json. folder: the model's, with its
-    tokenizer."""
+    """What a file of a whole model says beside its tensors. name: the model's own. config: the result's config.json. folder:
+    the model's, with its tokenizer."""
 
+    name: str
     config: Mapping[str, Any]
     folder: Path
     plan: Plan
