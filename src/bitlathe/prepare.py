@@ -153,7 +153,8 @@ def prepare_search(recipe: Recipe, budgets: Sequence[float]) -> Prepared:
         space, reasons, told = spaced(recipe, skeleton, dtype, formats=list(formats.values()), budgets=budgets)
         plan, notes = space.plan, (*notes, *told)
     else:
-        plan, reasons = planned(recipe, skeleton, dtype)
+        plan, reasons, told = planned(recipe, skeleton, dtype)
+        notes = (*notes, *told)
     skeleton = skeleton.untie() if plan.untied else skeleton
     refuse_unheld(plan, skeleton, formats.values(), checkpoint)
     ready = Prepared(recipe, skeleton, weights, plan, reasons, formats, tuner, Text(), (), space).planned(plan)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize as their_weights
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -19,10 +21,17 @@ from bitlathe.mixes import MIXES, expanded
 from bitlathe.numerics.project import dequantize
 from bitlathe.numerics.scheme import LLAMA_CPP, SCHEMES
 from bitlathe.plan import LayerPlan
+from bitlathe.report import Note
+from bitlathe.result import name_of_model
 from families import save_model
 from format_samples import bits_of, facts, layer_of, plan_of
 
 SHAPE = (12, 768)
+
+
+def value(folder: Path, key: str) -> Any:
+    """What a file says under a key."""
+    return GGUFReader(folder / "model.gguf").fields[key].contents()
 
 
 @pytest.mark.parametrize("name", LLAMA_CPP)
@@ -58,7 +67,8 @@ def test_what_it_cannot_hold_is_refused() -> None:
 
 
 def test_mixes_are_those_of_llama_cpp() -> None:
-    """What llama-quantize said it chose for a model of 8 blocks with tied embeddings."""
+    """For 8 blocks with tied embeddings. The expectations were read off the source of its quantizer (llama-quant.cpp); later
+    `llama-quantize --dry-run` named the same types for such a model, of every matrix and mix."""
     shapes = {f"model.layers.{index}.{part}": (256, 256) for index in range(8) for part in PARTS}
     shapes |= {"model.embed_tokens": (512, 256), "lm_head": (512, 256)}
     found = {mix: expanded(mix, ARCHS["llama"], shapes, depth=8, tied=True) for mix in MIXES}
@@ -68,6 +78,40 @@ def test_mixes_are_those_of_llama_cpp() -> None:
     assert [name for name, kind in found["Q2_K_S"].items() if kind == "Q4_K"] == ["model.layers.0.mlp.down_proj"]
     narrow = {name: (256, 96) for name in shapes}
     assert set(expanded("Q4_K_M", ARCHS["llama"], narrow, depth=8, tied=True).values()) == {"Q5_0", "Q8_0"}
+
+
+def test_a_mix_says_what_gets_another_type(tmp_path: Path) -> None:
+    """Rows of 128, and of 384."""
+    notes: list[str] = []
+    bitlathe.quantize(
+        "builtin",
+        out=tmp_path / "q",
+        scheme="Q4_K_M",
+        formats=["gguf"],
+        overrides={"*.layers.1.*": "Q8_0"},
+        tuner="rtn",
+        rtn={"scale": "min-max"},
+        listen=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+    )
+    told = [note for note in notes if "no multiple of 256" in note]
+    assert len(told) == 1
+    assert told[0].startswith("22 of 22 matrices have rows that are no multiple of 256, the blocks of Q4_K_M")
+    assert told[0].endswith("17 Q5_0, 5 Q8_0")
+    report = json.loads((tmp_path / "q" / "report.json").read_bytes())
+    assert told[0] in report["notes"]
+    types = report["plan"]["linears"]
+    assert sum(types[name]["weight"] == types["model.embed_tokens"]["weight"] for name in types) == 5 + 7
+
+
+def test_the_model_keeps_its_own_name(tmp_path: Path) -> None:
+    common = {"scheme": "Q4_0", "tuner": "rtn", "rtn": {"scale": "min-max"}}
+    save_model(tmp_path / "tiny-model")
+    bitlathe.quantize(str(tmp_path / "tiny-model"), out=tmp_path / "a", formats=["gguf"], **common)
+    bitlathe.quantize(str(tmp_path / "tiny-model"), out=tmp_path / "b", **common)
+    bitlathe.convert(tmp_path / "b", out=tmp_path / "c", formats=["gguf"])
+    for folder in ("a", "c"):
+        assert value(tmp_path / folder, "general.name") == "tiny-model"
+    assert name_of_model("org/Some-Model@main") == "Some-Model"
 
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
