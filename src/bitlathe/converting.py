@@ -26,7 +26,7 @@ from bitlathe.model.source import open_model
 from bitlathe.model.weights import Weights
 from bitlathe.pipeline import encoded
 from bitlathe.plan import Plan
-from bitlathe.prepare import bytes_written, notes_on, refuse_nested, refuse_unheld
+from bitlathe.prepare import bytes_written, notes_of_files, notes_on, refuse_nested, refuse_unheld
 from bitlathe.recipe import formats_named
 from bitlathe.registry import load
 from bitlathe.report import BlockReport, Listener, Note, own_report, peak_memory
@@ -142,7 +142,8 @@ def _prepare(folder: str, out: Path, formats: str | Sequence[str]) -> _Conversio
         )
     plan = Plan(**report["plan"]) if report else weights.plan
     refuse_unheld(plan, skeleton, made.values(), checkpoint)
-    return _Conversion(weights, weights.format, skeleton, plan, made, report, notes_on(plan, skeleton.arch, made))
+    notes = (*notes_on(plan, skeleton.arch, made), *notes_of_files(made.values(), checkpoint))
+    return _Conversion(weights, weights.format, skeleton, plan, made, report, notes)
 
 
 def _shard(asked: _Conversion, writer: Writer, index: int, *, began: float) -> BlockReport:

@@ -160,7 +160,7 @@ def prepare_search(recipe: Recipe, budgets: Sequence[float]) -> Prepared:
     ready = Prepared(recipe, skeleton, weights, plan, reasons, formats, tuner, Text(), (), space).planned(plan)
     reads = ready.text_streams or recipe.rotation_trials > 1 or space is not None
     text, told = _calibration(recipe, skeleton, checkpoint.path, searched=space is not None) if reads else (Text(), ())
-    notes = (*told, *notes, *notes_on(plan, skeleton.arch, recipe.formats))
+    notes = (*told, *notes, *notes_on(plan, skeleton.arch, recipe.formats), *notes_of_files(formats.values(), checkpoint))
     if dtype != stored:
         why = f", which readers of {', '.join(recipe.formats)} hold scales in" if dtype in forced else ""
         notes = (*notes, f"the model is stored in {stored}; the result and everything measured on the way is in {dtype}{why}")
@@ -173,6 +173,11 @@ def refuse_unheld(plan: Plan, skeleton: Skeleton, formats: Iterable[Format], che
         format.check(plan, skeleton.linears, skeleton.fused)
         if format.container is not None:
             format.container.refuse(checkpoint.config, checkpoint.path)
+
+
+def notes_of_files(formats: Iterable[Format], checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What to say of the files of whole models that formats make of `checkpoint`."""
+    return tuple(note for made in formats if made.container is not None for note in made.container.notes(checkpoint.config))
 
 
 def bytes_written(plan: Plan, skeleton: Skeleton, formats: Sequence[Format], *, kept: int) -> int:

@@ -12,11 +12,14 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize as their_weights
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import bitlathe
 from bitlathe.arch import ARCHS
 from bitlathe.errors import FormatError
 from bitlathe.formats.gguf import Gguf
+from bitlathe.formats.gguf_file import GgufFile
+from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.mixes import MIXES, expanded
 from bitlathe.numerics.project import dequantize
 from bitlathe.numerics.scheme import LLAMA_CPP, SCHEMES
@@ -143,6 +146,35 @@ def test_a_folder_is_what_transformers_reads(tmp_path: Path) -> None:
     assert (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean() <= 1e-5
     bitlathe.quantize(str(tmp_path / "model"), out=tmp_path / "again", **common)
     assert (tmp_path / "q" / "model.gguf").read_bytes() == (tmp_path / "again" / "model.gguf").read_bytes()
+
+
+def test_the_frequencies_of_llama_3_are_divided_as_transformers_does(tmp_path: Path) -> None:
+    """llama.cpp divides those of every pair by the tensor rope_freqs; some stay, some are divided by all of the factor."""
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 64}
+    model = save_model(tmp_path / "m", "llama", head_dim=64, rope_parameters=rope, max_position_embeddings=512)
+    bitlathe.quantize(
+        str(tmp_path / "m"), out=tmp_path / "q", scheme="Q4_0", formats=["gguf"], tuner="rtn", rtn={"scale": "min-max"}
+    )
+    (found,) = (tensor for tensor in GGUFReader(tmp_path / "q" / "model.gguf").tensors if tensor.name == "rope_freqs.weight")
+    plain = 500000.0 ** (-torch.arange(0, 64, 2) / 64)
+    inverse, scaled = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
+    assert scaled == 1
+    factors = torch.from_numpy(found.data.copy())
+    assert (factors == 1).any()
+    assert (factors == 8).any()
+    assert ((factors > 1) & (factors < 8)).any()
+    torch.testing.assert_close(plain / factors, inverse)
+    (note,) = json.loads((tmp_path / "q" / "report.json").read_bytes())["notes"]
+    assert "transformers' loader of GGUF files does not read the scaling of rotary embeddings, takes its own" in note
+
+
+def test_what_transformers_does_not_read_is_told(tmp_path: Path) -> None:
+    gemma(tmp_path / "m", "gemma2", head_dim=64, query_pre_attn_scalar=64, attn_logit_softcapping=40.0)
+    config = Checkpoint(tmp_path / "m").config
+    (note,) = GgufFile().notes(config)
+    assert "does not read query_pre_attn_scalar, attn_logit_softcapping, takes its own defaults" in note
+    assert GgufFile().notes({**config, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0}) == ()
 
 
 GEMMAS = ("gemma2", "gemma3_text")

@@ -48,6 +48,10 @@ class Container(Protocol):
         """Raise FormatError for a model that cannot be written. config: its config.json; folder: with its tokenizer."""
         ...
 
+    def notes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """What to say of a model that `refuse` lets pass: what some readers would leave out. config: its config.json."""
+        ...
+
     def write(self, path: Path, shards: Sequence[Path], source: Source) -> None:
         """Write the tensors of `shards` to the file `path`, one at a time; the same shards give the same bytes."""
         ...

@@ -47,6 +47,7 @@ _SHOWN: dict[str, LlamaFileType] = {
 _PERIODS: dict[str, int] = {"gemma2": 2, "gemma3_text": 6}
 # Layers of the models of 27B, which alone do not scale queries by the size of a head.
 _LARGEST: dict[str, int] = {"gemma2": 46, "gemma3_text": 62}
+_UNREAD = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _LOCAL_BASE = 10000.0  # of gemma3's rotary embeddings in layers that slide
 
 
@@ -100,6 +101,16 @@ def _strange_gemma(config: Mapping[str, Any]) -> dict[str, bool]:
         "gemma3 with soft caps of attention": family != "gemma2" and bool(first),
         "gemma2 with a head of its own": family == "gemma2" and not config["tie_word_embeddings"],
     }
+
+
+def unread(config: Mapping[str, Any]) -> list[str]:
+    """Keys of a config.json that transformers does not look for in a GGUF file, and that are not at their defaults."""
+    own, plain = filled(config), filled({"model_type": config["model_type"]})
+    turned = _rope(own).get("rope_type", "default") != "default"
+    return [
+        *(key for key in _UNREAD if own.get(key) != plain.get(key)),
+        *(["the scaling of rotary embeddings"] if turned else []),
+    ]
 
 
 def describe(writer: GGUFWriter, config: Mapping[str, Any], plan: Plan, *, name: str) -> None:

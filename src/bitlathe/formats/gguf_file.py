@@ -14,7 +14,7 @@ from safetensors import safe_open
 from bitlathe.errors import FormatError
 from bitlathe.formats.base import Source
 from bitlathe.formats.gguf_blocks import type_of
-from bitlathe.formats.gguf_config import FAMILIES, describe, filled, frequencies, strange
+from bitlathe.formats.gguf_config import FAMILIES, describe, filled, frequencies, strange, unread
 from bitlathe.formats.gguf_tokenizer import add_tokenizer, refuse_tokenizer
 from bitlathe.io.checkpoint import DTYPES
 from bitlathe.io.gguf import FILE, added_to, heads_of, stored_name
@@ -41,6 +41,18 @@ class GgufFile:
                 "converter reads"
             )
         refuse_tokenizer(folder)
+
+    def notes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """What transformers' loader does not read of the file's keys, though its model needs it."""
+        left = unread(config)
+        return (
+            (
+                f"transformers' loader of GGUF files does not read {', '.join(left)}, takes its own defaults for that, and "
+                "would be silently wrong for this model: load the file with llama.cpp, or the folder with bitlathe.load",
+            )
+            if left
+            else ()
+        )
 
     def write(self, path: Path, shards: Sequence[Path], source: Source) -> None:
         """Write the tensors of `shards`, one at a time."""

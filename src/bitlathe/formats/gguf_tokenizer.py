@@ -33,7 +33,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     bytes_too = bool(model.get("byte_fallback"))
     writer.add_tokenizer_model("llama" if bytes_too else "gpt2")
-    writer.add_tokenizer_pre("default" if bytes_too else _split(read))
+    writer.add_tokenizer_pre("default" if bytes_too else _split(read) or "default")
     kinds = [_kind(number, texts, added, unknown=model.get("unk_token")) for number in range(size)]
     # What is merged earlier scores higher, and what no merge makes lowest: llama.cpp would merge that too.
     ranks = {merge.replace(" ", "", 1): -float(rank) for rank, merge in reversed(list(enumerate(merges, 1)))}
