@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 import bitlathe
 from bitlathe.autoscheme import choose, score
 from bitlathe.autoscheme.kept import Kept
+from bitlathe.autoscheme.options import default_schemes
+from bitlathe.errors import PlanError
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.numerics.scheme import name_of
 from bitlathe.plan import KEEP, Plan
@@ -284,6 +286,19 @@ def test_a_fake_folder_of_a_mix_with_activations_is_what_was_measured(tmp_path: 
     record = json.loads((tmp_path / "q" / "report.json").read_text())["search"]
     true = bitlathe.evaluate(tmp_path / "q", against="builtin", seqlen=64, windows=64)["kl_mean"]["value"]
     assert 0.75 < true / record["kl"] < 1.25
+
+
+def test_a_mix_in_gguf_has_types_for_rows_that_are_no_blocks_of_256(tmp_path: Path) -> None:
+    fields = {"formats": "gguf", "search": TEXT["search"], "scores": tmp_path / "scores"}
+    plan = bitlathe.quantize("builtin", bits=4.7, out=tmp_path / "q", **RTN, **fields)
+    record = json.loads((tmp_path / "q" / "report.json").read_text())["search"]
+    assert record["schemes"] == ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
+    assert len(set(names(plan).values())) > 2
+    assert 4.6 < record["bits"] <= 4.7
+    assert record["kl"] <= min(row["kl"] for row in record["uniform"].values() if row["bits"] <= 4.7)
+    with pytest.raises(PlanError, match=r"4\.4 bits a weight cannot be had: Q8_0, Q4_0, .* from 4\.5000 to 8\.5000"):
+        bitlathe.quantize("builtin", bits=4.4, out=tmp_path / "less", **RTN, **fields)
+    assert default_schemes([4.5], ["gguf"], [256, 768]) == ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 
 def test_nothing_is_read_of_a_model_that_has_its_scores_and_measures(scores: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,11 +26,11 @@ from bitlathe.model.source import open_model
 from bitlathe.model.weights import Weights
 from bitlathe.pipeline import encoded
 from bitlathe.plan import Plan
-from bitlathe.prepare import bytes_written, notes_on, refuse_nested, refuse_unheld
+from bitlathe.prepare import bytes_written, notes_of_files, notes_on, refuse_nested, refuse_unheld
 from bitlathe.recipe import formats_named
 from bitlathe.registry import load
 from bitlathe.report import BlockReport, Listener, Note, own_report, peak_memory
-from bitlathe.result import containers_of, files_of
+from bitlathe.result import containers_of, files_of, name_of_model
 from bitlathe.version import VERSION
 
 # Why a linear is in 16 bits, where the folder does not say it.
@@ -51,6 +51,12 @@ class _Conversion:
     formats: dict[str, Format]
     report: dict[str, Any]
     notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The model's own, where the folder's report knows it."""
+        source = self.report.get("hub_model") or (self.report.get("recipe") or {}).get("model")
+        return name_of_model(source or self.weights.checkpoint.source)
 
     def bytes_needed(self) -> int:
         """What the result will take on the disk, without headers and small files."""
@@ -116,7 +122,7 @@ def convert(
             name: (place, files_of(checkpoint, skeleton, plan, writer, asked.formats[name], said=said))
             for name, place in places_of(out, list(asked.formats)).items()
         }
-        writer.finish(results, containers_of(checkpoint, plan, asked.formats.values()))
+        writer.finish(results, containers_of(checkpoint, plan, asked.formats.values(), name=asked.name))
     return asked.plan
 
 
@@ -136,7 +142,8 @@ def _prepare(folder: str, out: Path, formats: str | Sequence[str]) -> _Conversio
         )
     plan = Plan(**report["plan"]) if report else weights.plan
     refuse_unheld(plan, skeleton, made.values(), checkpoint)
-    return _Conversion(weights, weights.format, skeleton, plan, made, report, notes_on(plan, skeleton.arch, made))
+    notes = (*notes_on(plan, skeleton.arch, made), *notes_of_files(made.values(), checkpoint))
+    return _Conversion(weights, weights.format, skeleton, plan, made, report, notes)
 
 
 def _shard(asked: _Conversion, writer: Writer, index: int, *, began: float) -> BlockReport:

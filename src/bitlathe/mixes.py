@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from bitlathe.arch import Arch
@@ -39,6 +40,18 @@ def expanded(mix: str, arch: Arch, shapes: Mapping[str, tuple[int, int]], *, dep
         fits = LLAMA_CPP[wanted].fits(shape)
         types[name] = wanted if fits else "Q8_0" if name == arch.head or (tied and name == arch.embed) else _INSTEAD[wanted]
     return types
+
+
+def told(types: Mapping[str, str], mix: str) -> tuple[str, ...]:
+    """What to say of linears whose rows are no whole blocks of the type that a mix would give them. types: those they get."""
+    other = Counter(kind for kind in types.values() if kind in _INSTEAD.values())
+    if not other:
+        return ()
+    got = ", ".join(f"{count} {kind}" for kind, count in sorted(other.items()))
+    return (
+        f"{sum(other.values())} of {len(types)} matrices have rows that are no multiple of 256, the blocks of {mix}: as in "
+        f"llama.cpp they get other types instead, {got}",
+    )
 
 
 def _type(mix: str, part: str, index: int, depth: int, *, many: bool) -> str:

@@ -13,7 +13,7 @@ from bitlathe.autoscheme.space import Space, space_of
 from bitlathe.errors import FormatError, PlanError
 from bitlathe.formats.base import Format
 from bitlathe.formats.native import Native
-from bitlathe.mixes import MIXES, expanded
+from bitlathe.mixes import MIXES, expanded, told
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.numerics.scheme import GRIDS, KV_SCHEMES, name_of, preset_named
 from bitlathe.plan import KEEP, LayerPlan, Plan, explicit, refuse_ragged, resolve, rotated, with_inputs
@@ -26,20 +26,23 @@ Dtype = Literal["bf16", "fp16"]
 _ROUTER = "routers choose the experts, and are never quantized"
 
 
-def planned(recipe: Recipe, skeleton: Skeleton, dtype: Dtype) -> tuple[Plan, dict[str, str]]:
-    """What happens to every linear, and why some are kept. Raises PlanError for what cannot be done."""
+def planned(recipe: Recipe, skeleton: Skeleton, dtype: Dtype) -> tuple[Plan, dict[str, str], tuple[str, ...]]:
+    """What happens to every linear, why some are kept, and what is to be said of it. Raises PlanError for what cannot be
+    done."""
+    wanted, mix = recipe.scheme, {}
     if recipe.linears:
         explicit(recipe.linears, skeleton.matrices(recipe.linears), skeleton.fused)
         recipe = recipe.model_copy(update={"overrides": _lines(recipe, skeleton)})
-    if recipe.scheme in MIXES and not recipe.linears:
+    if wanted in MIXES and not recipe.linears:
         shapes = skeleton.matrices({skeleton.arch.embed})
-        mix = expanded(recipe.scheme, skeleton.arch, shapes, depth=skeleton.depth, tied=_shared(recipe, skeleton))
+        mix = expanded(wanted, skeleton.arch, shapes, depth=skeleton.depth, tied=_shared(recipe, skeleton))
         overrides = {name: scheme for name, scheme in mix.items() if name not in recipe.overrides} | recipe.overrides
-        recipe = recipe.model_copy(update={"scheme": MIXES[recipe.scheme], "overrides": overrides})
+        recipe = recipe.model_copy(update={"scheme": MIXES[wanted], "overrides": overrides})
     plan, reasons = _resolved(recipe, skeleton, dtype)
     refuse_ragged(plan, skeleton.matrices(plan.quantized))
     _refuse_undrawn(recipe, skeleton, plan)
-    return plan, reasons
+    held = {name: mix[name] for name, scheme in plan.quantized.items() if mix.get(name) == name_of(scheme)}
+    return plan, reasons, told(held, wanted)
 
 
 def _lines(recipe: Recipe, skeleton: Skeleton) -> dict[str, str]:
@@ -67,7 +70,8 @@ def spaced(
     budgets: bits a weight. Raises PlanError for budgets beyond the options and for linears that none of them fits, FormatError
     where no option, or not all of them side by side, can be held by a format.
     """
-    options = recipe.schemes or default_schemes(budgets, recipe.formats)
+    rows = [shape[1] for name, shape in skeleton.linears.items() if not skeleton.rows[name].router]
+    options = recipe.schemes or default_schemes(budgets, recipe.formats, rows)
     plans, reasons = _plans(recipe, skeleton, dtype, options)
     names = _in_play(recipe, skeleton, plans)
     _refuse_split(recipe, skeleton, names)

@@ -154,13 +154,14 @@ def prepare_search(recipe: Recipe, budgets: Sequence[float]) -> Prepared:
         space, reasons, told = spaced(recipe, skeleton, dtype, formats=list(formats.values()), budgets=budgets)
         plan, notes = space.plan, (*notes, *told)
     else:
-        plan, reasons = planned(recipe, skeleton, dtype)
+        plan, reasons, told = planned(recipe, skeleton, dtype)
+        notes = (*notes, *told)
     skeleton = skeleton.untie() if plan.untied else skeleton
     refuse_unheld(plan, skeleton, formats.values(), checkpoint)
     ready = Prepared(recipe, skeleton, weights, plan, reasons, formats, tuner, Text(), (), space).planned(plan)
     reads = ready.text_streams or recipe.rotation_trials > 1 or space is not None
     text, told = _calibration(recipe, skeleton, checkpoint.path, searched=space is not None) if reads else (Text(), ())
-    notes = (*told, *notes, *notes_on(plan, skeleton.arch, recipe.formats))
+    notes = (*told, *notes, *notes_on(plan, skeleton.arch, recipe.formats), *notes_of_files(formats.values(), checkpoint))
     if isinstance(checkpoint, Dequantized):
         notes = (*notes, "the model is published in FP8: its weights are read as floats, and its activations are not rounded")
     if dtype != stored:
@@ -175,6 +176,11 @@ def refuse_unheld(plan: Plan, skeleton: Skeleton, formats: Iterable[Format], che
         format.check(plan, skeleton.linears, skeleton.fused)
         if format.container is not None:
             format.container.refuse(checkpoint.config, checkpoint.path)
+
+
+def notes_of_files(formats: Iterable[Format], checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What to say of the files of whole models that formats make of `checkpoint`."""
+    return tuple(note for made in formats if made.container is not None for note in made.container.notes(checkpoint.config))
 
 
 def bytes_written(plan: Plan, skeleton: Skeleton, formats: Sequence[Format], *, kept: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from bitlathe.formats import CONFIG_KEYS
 from bitlathe.formats.base import Format, Source
 from bitlathe.formats.ct_experts import read_alone
-from bitlathe.io.checkpoint import CONFIG, Checkpoint
+from bitlathe.io.checkpoint import CONFIG, HUB_ID, Checkpoint
 from bitlathe.io.files import places_of
 from bitlathe.io.writer import REPORT, TOOL, Writer
 from bitlathe.model.skeleton import Skeleton
@@ -31,7 +31,8 @@ def finish(ready: Prepared, writer: Writer, *, seconds: float) -> None:
     results: dict[str, tuple[Path | None, dict[str, bytes]]] = {CODES: (None, {})}
     for name, folder in places_of(ready.recipe.out, ready.recipe.formats).items():
         results[name] = (folder, _files(ready, writer, ready.formats[name], seconds=seconds))
-    writer.finish(results, containers_of(ready.weights.checkpoint, ready.plan, ready.formats.values()))
+    made = containers_of(ready.weights.checkpoint, ready.plan, ready.formats.values(), name=name_of_model(ready.recipe.model))
+    writer.finish(results, made)
 
 
 def plan_of_finished(ready: Prepared) -> Plan:
@@ -76,12 +77,21 @@ def _config(checkpoint: Checkpoint, plan: Plan, format: Format) -> dict[str, Any
     return config if quantization is None else config | dict.fromkeys(keys, quantization)
 
 
-def containers_of(checkpoint: Checkpoint, plan: Plan, formats: Iterable[Format]) -> dict[str, tuple[str, Any]]:
-    """Format -> the one file that its shards become, and what writes it; for those that have one. See `Writer.finish`."""
+def name_of_model(source: str) -> str:
+    """A model's own name, of the folder or the Hub id that it was asked for by."""
+    hub = None if Path(source).expanduser().is_dir() else HUB_ID.fullmatch(source)
+    return Path(hub["repo"] if hub else source).expanduser().absolute().name
+
+
+def containers_of(checkpoint: Checkpoint, plan: Plan, formats: Iterable[Format], *, name: str) -> dict[str, tuple[str, Any]]:
+    """Format -> the one file that its shards become, and what writes it; for those that have one. See `Writer.finish`.
+
+    name: the model's own.
+    """
     return {
         format.name: (
             format.container.file,
-            partial(format.container.write, source=Source(_config(checkpoint, plan, format), checkpoint.path, plan)),
+            partial(format.container.write, source=Source(name, _config(checkpoint, plan, format), checkpoint.path, plan)),
         )
         for format in formats
         if format.container is not None

@@ -15,7 +15,7 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from bitlathe.io.writer import Writer
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 SHARDS = 2
+ONE = "one.bin"
 
 
 def tensors(stream: str, shard: int) -> dict[str, torch.Tensor]:
@@ -34,8 +35,17 @@ def tensors(stream: str, shard: int) -> dict[str, torch.Tensor]:
     return {f"layers.{shard}.weight": values.view(20, 30).bfloat16(), f"layers.{shard}.bias": values[:7].clone()}
 
 
+def make(path: Path, shards: Sequence[Path]) -> None:
+    """One file of shards, in several writes."""
+    with path.open("wb") as file:
+        for shard in shards:
+            file.write(shard.read_bytes())
+            file.flush()
+
+
 def run(out: Path, *, streams: tuple[str, ...], recipe: str = "a", restart: bool = False) -> None:
-    """A whole run; with one stream `out` is the result, with two each has a folder in it, and "dropped" goes nowhere."""
+    """A whole run; with one stream `out` is the result, with two each has a folder in it, "dropped" goes nowhere, and "one"
+    becomes one file."""
     with Writer(out, streams=streams, shards=SHARDS, fingerprint={"recipe": recipe}, restart=restart) as writer:
         if writer.finished:
             return
@@ -50,7 +60,8 @@ def run(out: Path, *, streams: tuple[str, ...], recipe: str = "a", restart: bool
         folders = {stream: out if len(kept) == 1 else out / stream for stream in kept}
         report = json.dumps({"blocks": [writer.done[shard] for shard in range(SHARDS)]}).encode()
         files = {"config.json": b"{}", "report.json": report, "tokenizer.json": b"[]"}
-        writer.finish({stream: (folders.get(stream), files if stream in folders else {}) for stream in streams})
+        made = {"one": (ONE, make)} if "one" in streams else None
+        writer.finish({stream: (folders.get(stream), files if stream in folders else {}) for stream in streams}, made)
 
 
 def earlier(out: Path) -> None:
@@ -60,6 +71,11 @@ def earlier(out: Path) -> None:
 
 SCENARIOS: dict[str, tuple[Callable[[Path], None] | None, Callable[[Path], None]]] = {
     "several": (None, lambda out: run(out, streams=("dropped", "x", "y"))),
+    "one file": (None, lambda out: run(out, streams=("x", "one"))),
+    "one file, restart": (
+        lambda out: run(out, streams=("one",), recipe="other"),
+        lambda out: run(out, streams=("dropped", "one"), restart=True),
+    ),
     "restart": (earlier, lambda out: run(out, streams=("dropped", "x"), restart=True)),
 }
 
@@ -115,10 +131,17 @@ def tree(out: Path) -> dict[str, str]:
     }
 
 
+WHOLE = 2 * 1400  # bytes that the one file of both shards has at least
+
+
 def half_shown(out: Path) -> list[str]:
-    """Folders that a reader would take for a whole checkpoint although files that its index names are missing."""
-    wrong = []
+    """Folders that a reader would take for a whole checkpoint although files that its index names are missing, and files of a
+    whole model that end early."""
+    wrong = [str(one) for one in out.rglob(ONE) if one.stat().st_size < WHOLE]
     for config in out.rglob("config.json"):
+        if config.parent.name == "one":
+            wrong += [] if (config.parent / ONE).exists() else [str(config.parent)]
+            continue
         index = config.parent / "model.safetensors.index.json"
         named = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {index.name}
         if not all((config.parent / name).exists() for name in named):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from bitlathe.io.checkpoint import DTYPES, Checkpoint
 from bitlathe.io.writer import STATE, Writer, require_room, save
 
 KILLED = Path(__file__).with_name("killed.py")
+NAMES = [f"model-0000{index}-of-00003.safetensors" for index in (1, 2, 3)]
 FILES = {"config.json": b'{"model_type": "llama"}', "tokenizer.json": b"{}"}
 
 
@@ -79,10 +80,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
         assert torch.equal(opened.read("native", 1)["layers.1.weight"], tensors(1)["layers.1.weight"])
         opened.finish({"native": (out, FILES | {"report.json": b'{"blocks": 3}'})})
         assert opened.finished
-    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert sorted(content(out)) == [
         "config.json",
-        *names,
+        *NAMES,
         "model.safetensors.index.json",
         "progress.jsonl",
         "report.json",
@@ -90,7 +90,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     ]
     index = json.loads((out / "model.safetensors.index.json").read_bytes())
     assert index["metadata"]["total_size"] == 3 * (24 + 12)
-    assert index["weight_map"]["layers.2.bias"] == names[2]
+    assert index["weight_map"]["layers.2.bias"] == NAMES[2]
     report = json.loads((out / "report.json").read_bytes())
     assert (report["blocks"], report["tool"], report["fingerprint"]) == (3, "bitlathe", {"recipe": "a", "model": "m"})
     assert report["files"] == sorted(set(content(out)) - {"progress.jsonl"})  # which lies in `out` wherever the rest goes
@@ -265,7 +265,23 @@ def test_a_restart_that_was_cut_short_goes_on_deleting(tmp_path: Path, monkeypat
     assert content(out) == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("scenario", ["several", "restart"])
+def test_one_file_that_is_there_already_is_made_anew(tmp_path: Path) -> None:
+    """Another run's, or half of one: its name does not say whose it is."""
+    out = tmp_path / "out"
+
+    def joined(path: Path, shards: Sequence[Path]) -> None:
+        path.write_bytes(b"".join(shard.read_bytes() for shard in shards))
+
+    with writer(out) as opened:
+        put(opened, 0, 1, 2)
+        expected = b"".join((out / STATE / "native" / name).read_bytes() for name in NAMES)
+        (out / "model.one").write_bytes(b"of another run")
+        opened.finish({"native": (out, FILES)}, {"native": ("model.one", joined)})
+    assert (out / "model.one").read_bytes() == expected
+    assert sorted(content(out)) == ["config.json", "model.one", "progress.jsonl", "report.json", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("scenario", ["several", "one file", "one file, restart", "restart"])
 def test_killed_anywhere_and_run_again_gives_the_same_bytes(scenario: str, memory_folder: Path) -> None:
     source = Path(module.__file__).parents[2]
     done = subprocess.run(

@@ -30,9 +30,10 @@ class QuantLayer:
 
 @dataclass(frozen=True)
 class Source:
-    """What a file of a whole model says beside its tensors. config: the result's config.json. folder: the model's, with its
-    tokenizer."""
+    """What a file of a whole model says beside its tensors. name: the model's own. config: the result's config.json. folder:
+    the model's, with its tokenizer."""
 
+    name: str
     config: Mapping[str, Any]
     folder: Path
     plan: Plan
@@ -45,6 +46,10 @@ class Container(Protocol):
 
     def refuse(self, config: Mapping[str, Any], folder: Path) -> None:
         """Raise FormatError for a model that cannot be written. config: its config.json; folder: with its tokenizer."""
+        ...
+
+    def notes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """What to say of a model that `refuse` lets pass: what some readers would leave out. config: its config.json."""
         ...
 
     def write(self, path: Path, shards: Sequence[Path], source: Source) -> None:

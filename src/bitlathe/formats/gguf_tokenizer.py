@@ -10,9 +10,15 @@ from gguf import GGUFWriter, TokenType
 
 from bitlathe.errors import FormatError
 
-# A part of the pattern that a byte-level tokenizer splits text by -> llama.cpp's name for it, the most particular first.
-_SPLITS: dict[str, str] = {"\\p{N}{1,3}": "llama-bpe", "|\\p{N}|": "qwen2"}
-_PLAIN = "gpt-2"  # of a ByteLevel with its own pattern
+# How a byte-level tokenizer splits text -> llama.cpp's name for it, and whether with that it looks for whole words before it
+# merges. The first two differ in how many digits stay together.
+_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS: dict[str | None, tuple[str, bool]] = {
+    _PATTERN % "{1,3}": ("llama-bpe", True),
+    _PATTERN % "": ("qwen2", False),
+    None: ("gpt-2", False),  # ByteLevel's own
+}
+_SPACE = "\u2581"  # what stands for a space where bytes are fallen back to
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
@@ -27,13 +33,17 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     bytes_too = bool(model.get("byte_fallback"))
     writer.add_tokenizer_model("llama" if bytes_too else "gpt2")
-    writer.add_tokenizer_pre("default" if bytes_too else _split(read))
-    writer.add_token_list([texts.get(number, f"[PAD{number}]") for number in range(size)])
+    writer.add_tokenizer_pre("default" if bytes_too else _split(read) or "default")
+    kinds = [_kind(number, texts, added, unknown=model.get("unk_token")) for number in range(size)]
+    # What is merged earlier scores higher, and what no merge makes lowest: llama.cpp would merge that too.
+    ranks = {merge.replace(" ", "", 1): -float(rank) for rank, merge in reversed(list(enumerate(merges, 1)))}
+    # llama.cpp looks for tokens of a user in text whose spaces are still there: of such tokens, runs that merges make too.
+    runs = {number for number, text in texts.items() if bytes_too and text in ranks and not text.strip(_SPACE)}
+    shown = {i: " " * len(texts[i]) for i in runs if i < size and kinds[i] == TokenType.USER_DEFINED}
+    writer.add_token_list([(texts | shown).get(number, f"[PAD{number}]") for number in range(size)])
     if bytes_too:
-        # What is merged earlier scores higher.
-        ranks = {merge.replace(" ", "", 1): -float(rank) for rank, merge in reversed(list(enumerate(merges, 1)))}
-        writer.add_token_scores([ranks.get(texts.get(number, ""), 0.0) for number in range(size)])
-    writer.add_token_types([_kind(number, texts, added, unknown=model.get("unk_token")) for number in range(size)])
+        writer.add_token_scores([ranks.get(texts.get(number, ""), -1.0 - len(merges)) for number in range(size)])
+    writer.add_token_types(kinds)
     if not bytes_too:
         writer.add_token_merges(merges)
     numbers = {text: number for number, text in texts.items()}
@@ -61,7 +71,7 @@ def refuse_tokenizer(folder: Path) -> None:
     if not read:
         return
     kind = read.get("model", {}).get("type")
-    if kind != "BPE" or (not read["model"].get("byte_fallback") and _split(read) is None):
+    if kind != "BPE" or not (_spaced(read) if read["model"].get("byte_fallback") else _split(read)):
         raise FormatError(
             f"gguf: the tokenizer of {folder} ({kind}) is none that this program can write for llama.cpp: it knows byte-level "
             "BPE as of Llama 3, Qwen 2 and GPT-2, and BPE with bytes to fall back to. Write the native format, or dense, which "
@@ -74,17 +84,33 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _split(read: dict[str, Any]) -> Any:
+def _split(read: dict[str, Any]) -> str | None:
     """llama.cpp's name for how a byte-level tokenizer splits text; None for one it is not known to have."""
-    split = read.get("pre_tokenizer") or {}
-    steps = split.get("pretokenizers", [split])
-    patterns = [str(step["pattern"]) for step in steps if "pattern" in step]
-    if not any(step.get("type") == "ByteLevel" for step in steps):
+    steps = _steps(read, "pre_tokenizer")
+    levels = [step for step in steps if step["type"] == "ByteLevel"]
+    patterns = [step["pattern"].get("Regex", "") for step in steps if step["type"] == "Split"]
+    normal = [step["type"] for step in _steps(read, "normalizer")]
+    if len(levels) != 1 or len(steps) != 1 + len(patterns) or len(patterns) > 1 or normal not in ([], ["NFC"]):
         return None
-    if not patterns:
-        return _PLAIN
-    plain = patterns[0].replace("\\\\", "\\")
-    return next((name for part, name in _SPLITS.items() if part in plain), None) if len(patterns) == 1 else None
+    name, whole = _SPLITS.get(patterns[0] if patterns else None, (None, False))
+    twice = bool(patterns) == levels[0].get("use_regex", True)
+    return None if twice or whole != bool(read["model"].get("ignore_merges")) else name
+
+
+def _spaced(read: dict[str, Any]) -> bool:
+    """Whether a tokenizer with bytes to fall back to does nothing to text but to replace spaces, as SentencePiece does."""
+    done = [*_steps(read, "normalizer"), *_steps(read, "pre_tokenizer")]
+    replaced = [step for step in done if step.get("content") == _SPACE or step.get("replacement") == _SPACE]
+    # Gemma splits at spaces when there are none left.
+    idle = [step for step in done if step.get("type") == "Split" and step["pattern"] == {"String": " "}]
+    return len([step for step in done if step not in idle and step.get("type") != "Prepend"]) == len(replaced) == 1
+
+
+def _steps(read: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    """The steps of a part of a tokenizer, one after the other."""
+    said = read.get(part) or {}
+    inner = said.get("normalizers", said.get("pretokenizers"))
+    return ([said] if said else []) if inner is None else inner
 
 
 def _kind(number: int, texts: dict[int, str], added: dict[int, dict[str, Any]], *, unknown: str | None) -> TokenType:
@@ -114,8 +140,7 @@ def _begins_with(read: dict[str, Any], bos: str) -> bool:
 
 def _prefixes(read: dict[str, Any]) -> bool:
     """Whether a space is put in front of every text."""
-    parts = [read.get("normalizer") or {}, read.get("pre_tokenizer") or {}]
-    steps = [step for part in parts for step in part.get("normalizers", part.get("pretokenizers", [part]))]
+    steps = [*_steps(read, "normalizer"), *_steps(read, "pre_tokenizer")]
     first = ("always", "first")
     return any(
         step.get("type") == "Prepend" or bool(step.get("add_prefix_space")) or step.get("prepend_scheme") in first

@@ -360,7 +360,8 @@ def _map(run: list[tuple[str, TensorInfo]]) -> dict[str, Tensor]:
         if info.nbytes < COPIED or not aligned:
             flat = flat.clone()
         tensor = flat.view(DTYPES[info.dtype]).view(info.shape)
-        tensors[name] = from_pairs(tensor, info.heads) if info.heads else tensor
+        tensor = from_pairs(tensor, info.heads) if info.heads else tensor
+        tensors[name] = tensor - info.added if info.added else tensor
     return tensors
 
 

@@ -2,7 +2,8 @@
 
 The file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) holds a magic number, counts, keys with values, a table of
 tensors, and their bytes. Of the values only those of one number or one text are kept. Read here is what this program writes:
-llama.cpp's names of the plain decoders, of which the family "llama" has the rows of queries and keys in another order.
+llama.cpp's names of the plain decoders, of which the family "llama" has the rows of queries and keys in another order, and
+those of gemma, whose norms have 1 added to their weights, as their models do before they multiply.
 """
 
 from __future__ import annotations
@@ -43,30 +44,47 @@ _INSIDE: dict[str, str] = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+# Norms around an MLP: before it alone, or on both sides of it and of attention.
+_BEFORE: dict[str, str] = {"post_attention_layernorm": "ffn_norm"}
+_AROUND: dict[str, str] = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_GEMMA = ("gemma2", "gemma3")
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _STORED = re.compile(r"blk\.(\d+)\.(.+)")
 
 
-def stored_name(name: str) -> str | None:
-    """llama.cpp's name of a tensor; None where it has none."""
+def stored_name(name: str, family: str) -> str | None:
+    """llama.cpp's name of a tensor in its family of that name; None where it has none."""
     module, _, part = name.rpartition(".")
+    inside = _inside(family)
     if (block := _BLOCK.fullmatch(module)) is not None:
-        return f"blk.{block[1]}.{_INSIDE[block[2]]}.{part}" if block[2] in _INSIDE else None
+        return f"blk.{block[1]}.{inside[block[2]]}.{part}" if block[2] in inside else None
     return f"{_OUTSIDE[module]}.{part}" if module in _OUTSIDE else None
 
 
-def name_of(stored: str) -> str | None:
+def name_of(stored: str, family: str) -> str | None:
     """The inverse of `stored_name`."""
     module, _, part = stored.rpartition(".")
-    names = {short: name for name, short in (_OUTSIDE | _INSIDE).items()}
+    names = {short: name for name, short in (_OUTSIDE | _inside(family)).items()}
     if (block := _STORED.fullmatch(module)) is not None:
         return f"model.layers.{block[1]}.{names[block[2]]}.{part}" if block[2] in names else None
     return f"{names[module]}.{part}" if module in names else None
+
+
+def _inside(family: str) -> dict[str, str]:
+    return _INSIDE | (_AROUND if family in _GEMMA else _BEFORE)
+
+
+def added_to(stored: str, family: str) -> int:
+    """What a file has added to every value of a tensor: gemma's norms multiply by 1 more than their weights."""
+    return int(family in _GEMMA and stored.endswith("norm.weight"))
 
 
 def heads_of(stored: str, family: str, heads: tuple[int, int]) -> int:
@@ -97,7 +115,7 @@ def read_gguf(file: Path) -> dict[str, TensorInfo]:
     keys_ = values.get(f"{family}.attention.head_count_kv") or queries
     header = {}
     for stored, shape, kind, offset in rows:
-        name = name_of(stored)
+        name = name_of(stored, family)
         if name is None:
             continue  # what is computed from config.json, such as the factors of rotary embeddings
         if kind not in _TYPES:
@@ -109,7 +127,8 @@ def read_gguf(file: Path) -> dict[str, TensorInfo]:
         if base + offset + length > size:
             raise CheckpointError(f"{file} is truncated: {stored} ends beyond it. Download it again")
         held = (*shape[:-1], shape[-1] // weights * nbytes) if dtype == "U8" else shape
-        header[name] = TensorInfo(dtype, held, file, base + offset, length, heads_of(stored, family, (queries, keys_)))
+        heads, added = heads_of(stored, family, (queries, keys_)), added_to(stored, family)
+        header[name] = TensorInfo(dtype, held, file, base + offset, length, heads, added)
     return header
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class TensorInfo:
     """dtype: its safetensors name ("BF16"); offset: bytes from the start of `file`. heads: of how many heads the rows lie in
-    llama.cpp's order, 0 where they lie as they are."""
+    llama.cpp's order, 0 where they lie as they are. added: what was added to every value, in float32."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -19,6 +19,7 @@ class TensorInfo:
     offset: int
     nbytes: int
     heads: int = 0
+    added: int = 0
 
 
 def to_pairs(rows: Tensor, heads: int) -> Tensor:

@@ -210,10 +210,12 @@ class Writer:
         self.finished = True
 
     def _place_file(self, stream: str, to: Path, name: str, make: MakeFile) -> None:
-        """Make the one file of a stream and put it in its place; its shards stay until the end."""
-        if not (to / name).exists():
-            with write_aside(to / name, self._state) as aside:
-                make(aside, [self._file(stream, index) for index in range(self.shards)])
+        """Make the one file of a stream and put it in its place; its shards stay until the end.
+
+        A file that is there is made again: whether it is whole, and of these shards, its name does not say.
+        """
+        with write_aside(to / name, self._state) as aside:
+            make(aside, [self._file(stream, index) for index in range(self.shards)])
 
     def _place(self, stream: str, to: Path) -> bytes:
         """Put the shards of a stream in their place, and give their index."""
