@@ -29,7 +29,7 @@ from bitlathe.formats import FORMATS
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.numerics.scheme import PRESETS
 from bitlathe.readers import READERS
-from bitlathe.verifying import OWN, Job, judged, read_by, readers_for
+from bitlathe.verifying import Job, judged, ours_for, read_by, readers_for
 
 ROOT = Path(__file__).parent.parent
 # Reader -> the environment it runs in; the others run in this one.
@@ -109,14 +109,17 @@ def _read(made: list[tuple[str, str, Path, Path]], scratch: Path, environments: 
     """What every reader sees of every folder."""
     asked: dict[str, list[int]] = {}
     for index, (format, _, folder, _) in enumerate(made):
-        for name in readers_for(folder, format):
+        readers = readers_for(folder, format)
+        for name in dict.fromkeys((*map(ours_for, readers), *readers)):
             asked.setdefault(name, []).append(index)
     rows: list[dict[str, Any]] = []
     for name, indices in asked.items():
         jobs = [Job(str(made[i][2]), str(made[i][3]), str(_logits(scratch, name, i))) for i in indices]
         print(f"{name}: {len(jobs)} folders", file=sys.stderr)
         for index, row in zip(indices, read_by(name, jobs, _python(name, environments)), strict=True):
-            row = judged(row, ours=_logits(scratch, OWN, index), theirs=_logits(scratch, name, index))
+            if name not in READERS:  # ours, as another one computes
+                continue
+            row = judged(row, ours=_logits(scratch, ours_for(name), index), theirs=_logits(scratch, name, index))
             rows.append({"format": made[index][0], "scheme": made[index][1], **row})
     return rows
 

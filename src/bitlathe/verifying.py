@@ -27,15 +27,14 @@ from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.source import open_model
 from bitlathe.model.weights import DTYPES, Weights
 from bitlathe.numerics.project import dequantize
-from bitlathe.readers import READERS
+from bitlathe.readers import READERS, Reader
 from bitlathe.readers.base import Opened
 from bitlathe.registry import load
 from bitlathe.report import own_report
 
 OWN = "bitlathe"
 _TAUGHT = "transformers with bitlathe.hf"
-# What another order of additions may do to logits, in nats a token.
-MOST = 1e-5
+_FOR = f"{OWN} for "
 # Fixed tokens: sequences, and tokens of one. Models run on any tokens, so that no text and no tokenizer is needed.
 _SHAPE = (4, 64)
 _MARK = '{"reader"'  # how the lines begin that are for us; readers print what they like
@@ -60,19 +59,19 @@ def verify(folder: str | Path, *, native: str | Path | None = None) -> dict[str,
 
     Returns {"folder", "format", "codes", "readers": [{"reader", "version", "linears", "unequal": how many weights differ in any
     bit, "largest": the largest difference, in roundings of the reader's dtype at the largest weight of its row, "kl": mean KL
-    divergence of its logits from our load's in nats a token or None, "same": whether that is within one rounding and 1e-5}],
-    "missing": readers that are not installed, "same"}. Raises CheckpointError for a folder that is not quantized.
+    divergence of its logits from ours in nats a token or None, "same": whether that is within one rounding and within what the
+    reader's row allows}], "missing": readers that are not installed, "same"}. Raises CheckpointError for a folder that is not
+    quantized.
     """
     folder = Path(folder).expanduser()
     format, codes = _format_of(folder), _codes_of(folder, native)
     wanted = readers_for(folder, format)
     there = [name for name in wanted if find_spec(READERS[name].module) is not None]
     with tempfile.TemporaryDirectory(prefix="bitlathe-verify-") as scratch:
-        files = {name: Path(scratch) / f"{index}.safetensors" for index, name in enumerate(there)}
-        rows = []
-        for name, file in files.items():
-            (row,) = read_by(name, [Job(str(folder), str(codes), str(file))])
-            rows.append(judged(row, ours=files[OWN], theirs=file))
+        names = list(dict.fromkeys((*there, *map(ours_for, there))))
+        files = {name: Path(scratch) / f"{index}.safetensors" for index, name in enumerate(names)}
+        read = {name: read_by(name, [Job(str(folder), str(codes), str(file))])[0] for name, file in files.items()}
+        rows = [judged(read[name], ours=files[ours_for(name)], theirs=files[name]) for name in there]
     return {
         "folder": str(folder),
         "format": format,
@@ -113,6 +112,16 @@ def readers_for(folder: Path, format: str) -> list[str]:
     return [name for name, reader in READERS.items() if format in reader.formats and name != skipped]
 
 
+def ours_for(name: str) -> str:
+    """What `read_by` calls our reader as it computes for another one."""
+    return OWN if READERS[name].ours == READERS[OWN].target else f"{_FOR}{name}"
+
+
+def _reader(name: str) -> Reader:
+    """By its name in the table, or as `ours_for` calls it."""
+    return READERS[name] if name in READERS else READERS[OWN]._replace(target=READERS[name.removeprefix(_FOR)].ours)
+
+
 def read_by(name: str, jobs: Sequence[Job], python: str = sys.executable) -> list[dict[str, Any]]:
     """What a reader finds in each folder, in one process as long as it does not fail; where it does, what it said ("error").
 
@@ -146,7 +155,7 @@ def _divergence(ours: Path, theirs: Path) -> float | None:
 def _same(row: Mapping[str, Any]) -> bool:
     if "error" in row:
         return False
-    close = row["kl"] is None or abs(row["kl"]) <= MOST or bool(READERS[row["reader"]].computes)
+    close = row["kl"] is None or abs(row["kl"]) <= READERS[row["reader"]].most
     return row["largest"] <= 1 and close
 
 
@@ -175,7 +184,7 @@ def _tokens(vocabulary: int) -> Tensor:
 def main(arguments: Sequence[str]) -> None:
     """The process of one reader; see above."""
     name, jobs = arguments
-    reader = READERS[name]
+    reader = _reader(name)
     open_folder = load(reader.target)
     for job in (Job(*fields) for fields in json.loads(jobs)):
         opened: Opened = open_folder(Path(job.folder))

@@ -9,21 +9,24 @@ from typing import NamedTuple
 
 from bitlathe.formats import FORMATS
 
+_OWN = "bitlathe.readers.own:opened"
+
 
 class Reader(NamedTuple):
     """target: "module:function" that opens a folder. package: what it needs, by its name on PyPI. module: the same, as it is
-    imported. formats: those whose folders it reads. computes: why its logits are not those of the weights alone, "" where
-    they are."""
+    imported. formats: those whose folders it reads. ours: what opens the folder so that we compute as the reader does, where
+    that is not as the checkpoint says. most: what another order of additions may do to logits, in nats a token."""
 
     target: str
     package: str
     module: str
     formats: tuple[str, ...]
-    computes: str = ""
+    ours: str = _OWN
+    most: float = 1e-5
 
 
 READERS: dict[str, Reader] = {
-    "bitlathe": Reader("bitlathe.readers.own:opened", "bitlathe", "bitlathe", tuple(FORMATS)),
+    "bitlathe": Reader(_OWN, "bitlathe", "bitlathe", tuple(FORMATS)),
     "transformers": Reader("bitlathe.readers.plain:opened", "transformers", "transformers", ("dense", "compressed-tensors")),
     "transformers with bitlathe.hf": Reader(
         "bitlathe.readers.taught:opened", "transformers", "transformers", ("native", "dense", "compressed-tensors")
@@ -37,7 +40,8 @@ READERS: dict[str, Reader] = {
         "llama-cpp-python",
         "llama_cpp",
         ("gguf",),
-        "llama.cpp rounds activations to 8 bits in its products",
+        ours="bitlathe.readers.own:opened_as_llama_cpp",
+        most=5e-5,  # a last bit of float32 becomes a step of 8 bits where activations are rounded
     ),
     "mlx": Reader("bitlathe.readers.mlx_:opened", "mlx", "mlx", ("mlx",)),
     "transformers for fp8": Reader(
@@ -45,6 +49,6 @@ READERS: dict[str, Reader] = {
         "transformers",
         "transformers",
         ("fp8",),
-        "transformers dequantizes the weights on a CPU, and then keeps activations as they are",
+        ours="bitlathe.readers.own:opened_weights",  # on a CPU it dequantizes them, and keeps activations as they are
     ),
 }

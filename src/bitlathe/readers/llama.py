@@ -16,7 +16,7 @@ class _Engine:
     """Logits alone: the engine does not show weights."""
 
     def __init__(self, folder: Path) -> None:
-        self.engine = Llama(str(folder / FILE), n_ctx=512, logits_all=True, verbose=False)
+        self.engine = Llama(str(folder / FILE), n_ctx=512, logits_all=True, verbose=False, type_k=0, type_v=0)
 
     def weight(self, linear: str, inputs: int) -> Tensor | None:
         """None; see above."""
