@@ -19,6 +19,7 @@ from bitlathe.numerics.project import QuantTensor, dequantize
 from bitlathe.numerics.rotation import Rotation
 from bitlathe.numerics.scheme import KV_SCHEMES, SCHEMES
 from bitlathe.plan import LayerPlan
+from bitlathe.readers import READERS
 from families import VOCABULARY, save_model, write_text
 from format_samples import TURNED, Dtype, bits_of, layer_of, plan_of, row_named
 from quantized_folder import DTYPES, LLAMA, TOKENS, make, random_model
@@ -202,10 +203,10 @@ def test_the_folder_is_the_native_one(tmp_path: Path, dtype: str) -> None:
 
 
 def test_verify_asks_transformers(tmp_path: Path) -> None:
-    """Whose weights are the codes', and whose logits, without rounded activations, are near."""
+    """Whose weights are the codes', and whose logits are ours where activations are not rounded either."""
     asked = {"scheme": "FP8_BLOCK_DYNAMIC", "tuner": "rtn", "calib": "builtin", "seqlen": 64, "samples": 2}
     bitlathe.quantize("builtin", out=tmp_path / "q", formats="fp8", **asked)
     result = bitlathe.verify(tmp_path / "q")
     found = {row["reader"]: (row["linears"], row["unequal"], row["same"]) for row in result["readers"]}
     assert found == {"bitlathe": (28, 0, True), "transformers for fp8": (28, 0, True)}
-    assert 0 < result["readers"][1]["kl"] < 0.1
+    assert result["readers"][1]["kl"] <= READERS["transformers for fp8"].most
