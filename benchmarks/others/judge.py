@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import bitlathe
 from benchmarks.others.job import Answer
 from benchmarks.others.tools import ToolFailed
+from bitlathe.evaluation.perplexity import Tokenwise, nll, statistics
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.numerics.scheme import described, preset_named
 from bitlathe.report import inspect
@@ -38,8 +40,12 @@ def judged(found: Answer, model: str, scheme: str, *, text: str, windows: Tensor
     count, seqlen = windows.shape
     bits = refuse_other(folder, scheme)
     said = bitlathe.evaluate(folder, against=model, text=text, seqlen=seqlen, windows=count, device=device)
+    return {"bits": bits, **_named(said)}
+
+
+def _named(said: Mapping[str, Any]) -> dict[str, float]:
     names = {"kl": "kl_mean", "kl_99": "kl_99", "perplexity": "perplexity", "top1": "top1_agreement"}
-    return {"bits": bits, **{name: said[long]["value"] for name, long in names.items()}}
+    return {name: said[long]["value"] for name, long in names.items()}
 
 
 def refuse_other(folder: Path, scheme: str) -> float:
@@ -59,20 +65,14 @@ def refuse_other(folder: Path, scheme: str) -> float:
 def by_logits(path: str, model: str, windows: Tensor, device: str) -> dict[str, float]:
     """The same figures of logits [windows, tokens, vocabulary], against the original in float32."""
     original = AutoModelForCausalLM.from_pretrained(Checkpoint(model).path, dtype=torch.float32).eval().to(device)
-    nll, kl, agree = [], [], []
+    found = Tokenwise.empty(*windows.shape, compared=True)
+    whole = slice(0, windows.shape[1])
     with safe_open(path, framework="pt") as file:
         stored = file.get_slice("logits")
         for row, window in enumerate(windows):
             log_q = F.log_softmax(stored[row].to(device), dim=-1)
             log_p = F.log_softmax(original(window[None].to(device)).logits[0], dim=-1)
-            nll.append(F.nll_loss(log_q[:-1], window[1:].to(device), reduction="none").double().cpu())
-            kl.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().cpu())
-            agree.append((log_q.argmax(-1) == log_p.argmax(-1)).double().cpu())
-    every: Any = torch.cat(kl)
-    at = 1 + round(0.99 * (every.numel() - 1))
-    return {
-        "kl": every.mean().item(),
-        "kl_99": every.kthvalue(at).values.item(),
-        "perplexity": torch.cat(nll).mean().exp().item(),
-        "top1": torch.cat(agree).mean().item(),
-    }
+            found.take(row, whole, nll(log_q, window[1:]))
+            kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+            found.compare(row, whole, kl, log_q.argmax(-1) == log_p.argmax(-1))
+    return _named(statistics(found))

@@ -115,9 +115,9 @@ def measure(model: Checkpoint, original: Checkpoint | None, tokens_NT: Tensor, *
         ours, theirs = _compare(tokens_NT, first, second)
     _refuse_nothing_said(model, ours)
     if original is None or theirs is None:
-        return _statistics(ours)
+        return statistics(ours)
     _refuse_nothing_said(original, theirs)
-    return _statistics(ours) | {"perplexity_against": _statistics(theirs)["perplexity"]}
+    return statistics(ours) | {"perplexity_against": statistics(theirs)["perplexity"]}
 
 
 def _refuse_nothing_said(checkpoint: Checkpoint, found: Tokenwise) -> None:
@@ -156,10 +156,10 @@ def _compare(
             part = slice(start, min(start + _TOKENS, length))
             following = tokens_NT[row, part.start + 1 : part.stop + 1]
             log_q = _log_probabilities(model, row, part)
-            ours.take(row, part, _nll(log_q, following))
+            ours.take(row, part, nll(log_q, following))
             if original is not None and theirs is not None:
                 log_p = _log_probabilities(original, row, part)
-                theirs.take(row, part, _nll(log_p, following))
+                theirs.take(row, part, nll(log_p, following))
                 kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
                 ours.compare(row, part, kl, log_q.argmax(-1) == log_p.argmax(-1))
     return ours, theirs
@@ -170,12 +170,12 @@ def _log_probabilities(model: tuple[Hidden, Block], row: int, part: slice) -> Te
     return F.log_softmax(head(hidden[row : row + 1][:, part])[0].float(), dim=-1)
 
 
-def _nll(log_probabilities: Tensor, following: Tensor) -> Tensor:
+def nll(log_probabilities: Tensor, following: Tensor) -> Tensor:
     """Of the tokens that follow; the last token of a window has none."""
     return F.nll_loss(log_probabilities[: len(following)], following.to(log_probabilities.device), reduction="none")
 
 
-def _statistics(found: Tokenwise) -> dict[str, Any]:
+def statistics(found: Tokenwise) -> dict[str, Any]:
     """Every figure with its standard error over windows."""
     figures = {"perplexity": (found.nll, lambda nll: nll.mean().exp())}
     if found.kl is not None and found.agree is not None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bitlathe.errors import FormatError
 from bitlathe.formats.base import QuantLayer
-from bitlathe.formats.gptq import HEADS, facts_of, refuse_two_kinds, scheme_of
-from bitlathe.formats.stored import most_of, refuse_beyond_weights, refuse_rows, refuse_split_groups
+from bitlathe.formats.gptq import facts_of, refuse_two_kinds, scheme_of
+from bitlathe.formats.stored import HEADS, most_of, refuse_beyond_weights, refuse_rows, refuse_split_groups
 from bitlathe.formats.words import AWQ, InWords, Words, bits_of_codes, decode, misfit, reason_against
 from bitlathe.numerics.scheme import Scheme
 from bitlathe.plan import LayerPlan, Plan

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitlathe.errors import FormatError
-from bitlathe.formats.gptq import HEADS, facts_of, kept_by_name, scheme_of
-from bitlathe.formats.stored import refuse_beyond_weights, refuse_rows, some
+from bitlathe.formats.gptq import facts_of, kept_by_name, scheme_of
+from bitlathe.formats.stored import HEADS, refuse_beyond_weights, refuse_rows, some
 from bitlathe.formats.words import AWQ, InWords, Words, misfit, reason_against
 from bitlathe.numerics.scheme import Scheme, name_of
 from bitlathe.plan import LayerPlan, Plan

@@ -27,14 +27,13 @@ from compressed_tensors.utils.match import match_name
 from pydantic import ValidationError
 from torch import Tensor
 
-from bitlathe.arch import ARCHS
 from bitlathe.errors import FormatError
 from bitlathe.formats.base import Container, QuantLayer
 from bitlathe.formats.ct_experts import first_experts, named, refuse_experts
 from bitlathe.formats.ct_rotations import online_of, reason_against, transforms_of
 from bitlathe.formats.ct_schemes import FIXED, PACKED, dtype_of, input_arguments, layout_of, row_of, weight_arguments
 from bitlathe.formats.ct_tensors import WORD, decode_input, decode_weight, encode_input, encode_weight, layout_of_weight, same
-from bitlathe.formats.stored import bits_of, refuse_split_groups, some
+from bitlathe.formats.stored import HEADS, bits_of, refuse_each, refuse_split_groups, some
 from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.scheme import GRIDS, described, name_of, static
 from bitlathe.plan import LayerPlan, Plan
@@ -42,7 +41,6 @@ from bitlathe.plan import LayerPlan, Plan
 METHOD = "compressed-tensors"
 MIXED = CompressionFormat.mixed_precision
 # Output heads. vLLM does not count them among linears, so the class does not name them to it.
-_HEADS = frozenset(arch.head for arch in ARCHS.values())
 
 
 class CompressedTensors:
@@ -58,14 +56,11 @@ class CompressedTensors:
             raise FormatError("compressed-tensors cannot hold a plan that quantizes nothing: write the dense format instead")
         _refuse_beyond_linears(plan)
         _refuse_tables(plan, shapes)
-        refused: dict[str, list[str]] = {}
+        reasons: dict[str, str | None] = {}
         for name, row in plan.linears.items():
-            reason = _reason(row, plan.dtype) or (None if row.weight is None else _misfit(row, shapes[name]))
-            if reason is not None:
-                refused.setdefault(f"{_named(row)}: {reason}", []).append(name)
-        if refused:
-            told = "; ".join(f"{some(names)}: {reason}" for reason, names in refused.items())
-            raise FormatError(f"compressed-tensors cannot hold {told}. The native format holds every scheme")
+            why = _reason(row, plan.dtype) or (None if row.weight is None else _misfit(row, shapes[name]))
+            reasons[name] = why and f"{_named(row)}: {why}"
+        refuse_each(reasons.items(), self.name, mark=":")
         _refuse_zero_points(plan)
         refuse_experts(plan)
         refuse_split_groups(plan, fused, self.name)
@@ -146,7 +141,7 @@ class CompressedTensors:
 
 def _all_of(names: list[str]) -> list[str]:
     """The targets of the only group, whose linears are `names`."""
-    return ["Linear", *(name for name in names if name in _HEADS)]
+    return ["Linear", *(name for name in names if name in HEADS)]
 
 
 def _group(row: LayerPlan, targets: list[str]) -> QuantizationScheme:

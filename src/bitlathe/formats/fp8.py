@@ -23,10 +23,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bitlathe.arch import ARCHS
 from bitlathe.errors import FormatError
 from bitlathe.formats.base import Container, QuantLayer
-from bitlathe.formats.stored import Layout, bits_of, refuse_beyond_weights, refuse_split_groups, some, take
+from bitlathe.formats.stored import (
+    DTYPE_NAMES,
+    EXPERTS,
+    HEADS,
+    Layout,
+    bits_of,
+    refuse_beyond_weights,
+    refuse_each,
+    refuse_split_groups,
+    take,
+)
 from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.project import QuantTensor
 from bitlathe.numerics.scheme import PRESETS, described, name_of
@@ -36,9 +45,6 @@ METHOD = "fp8"
 _NAME = "FP8_BLOCK_DYNAMIC"
 _ROW = LayerPlan(weight=PRESETS[_NAME].weight, input=PRESETS[_NAME].input)
 _SIDE = 128
-_HEADS = frozenset(arch.head for arch in ARCHS.values())
-_EXPERTS = tuple(f".{arch.experts}." for arch in ARCHS.values() if arch.experts is not None)
-_NAMES = {"bfloat16": "bf16", "float16": "fp16"}
 # What a configuration has to say of the scheme, and what it means where it says nothing.
 _SAID: dict[str, Any] = {"activation_scheme": "dynamic", "weight_block_size": [_SIDE, _SIDE]}
 _UNSAID: dict[str, Any] = {"fmt": "e4m3", "scale_fmt": "float"}
@@ -54,15 +60,12 @@ class Fp8:
     def check(self, plan: Plan, shapes: Mapping[str, tuple[int, int]], fused: Mapping[str, str]) -> None:
         """Raise FormatError for any other scheme, and for rows that transformers would cut into other blocks."""
         rows = {name: row.model_copy(update={"input": None}) for name, row in plan.linears.items()}
-        refuse_beyond_weights(plan.model_copy(update={"linears": rows}), shapes, _HEADS, self.name)
-        refused: dict[str, list[str]] = {}
-        for name, row in plan.linears.items():
-            reason = _reason(row) or (None if row.weight is None else _misfit(shapes[name]))
-            if reason is not None:
-                refused.setdefault(reason, []).append(name)
-        if refused:
-            told = "; ".join(f"{some(names)}, {reason}" for reason, names in refused.items())
-            raise FormatError(f"fp8 cannot hold {told}. The native format holds every scheme")
+        refuse_beyond_weights(plan.model_copy(update={"linears": rows}), shapes, HEADS, self.name)
+        reasons = (
+            (name, _reason(row) or (None if row.weight is None else _misfit(shapes[name])))
+            for name, row in plan.linears.items()
+        )
+        refuse_each(reasons, self.name)
         refuse_split_groups(plan, fused, self.name)
 
     def bits(self, row: LayerPlan, shape: tuple[int, int]) -> int:
@@ -93,7 +96,7 @@ class Fp8:
     def config(self, plan: Plan) -> dict[str, Any]:
         """The scheme, and the names of what is kept, with the modules of experts that are."""
         kept = [name for name, row in plan.linears.items() if row.weight is None]
-        experts = [f"{name.partition(part)[0]}{part[:-1]}" for name in kept for part in _EXPERTS if part in name]
+        experts = [f"{name.partition(part)[0]}{part[:-1]}" for name in kept for part in EXPERTS if part in name]
         named = list(dict.fromkeys((*kept, *experts)))
         return {"quant_method": METHOD, **_SAID, "fmt": _UNSAID["fmt"], "modules_to_not_convert": named}
 
@@ -111,19 +114,19 @@ class Fp8:
                 "'e4m3' and scale_fmt 'float' are. Load it with transformers or vLLM"
             )
         long = config.get("dtype", "bfloat16")
-        if long not in _NAMES:
+        if long not in DTYPE_NAMES:
             raise FormatError(f"the model's dtype is {long}; a plan's is bfloat16 or float16. Load it with transformers")
-        names = kept_names(config)
-        rows = {name: LayerPlan() if name in _HEADS or is_kept(name, names) else _ROW for name in linears}
-        return Plan.model_validate({"linears": rows, "dtype": _NAMES[long]})
+        names = _kept_names(config)
+        rows = {name: LayerPlan() if name in HEADS or _is_kept(name, names) else _ROW for name in linears}
+        return Plan.model_validate({"linears": rows, "dtype": DTYPE_NAMES[long]})
 
 
-def kept_names(config: Mapping[str, Any]) -> list[str]:
+def _kept_names(config: Mapping[str, Any]) -> list[str]:
     """Modules that a configuration leaves out, by either name of the list."""
     return list(config.get("modules_to_not_convert") or config.get("ignored_layers") or ())
 
 
-def is_kept(linear: str, names: list[str]) -> bool:
+def _is_kept(linear: str, names: list[str]) -> bool:
     """Whether one of the modules `names` is the linear, or holds it, by its whole name or the end of one."""
     return any(f".{name}." in f".{linear}." for name in names)
 

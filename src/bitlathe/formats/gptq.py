@@ -12,15 +12,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from bitlathe.arch import ARCHS
 from bitlathe.errors import FormatError
-from bitlathe.formats.stored import most_of, refuse_beyond_weights, refuse_rows, refuse_split_groups
+from bitlathe.formats.stored import HEADS, most_of, refuse_beyond_weights, refuse_rows, refuse_split_groups
 from bitlathe.formats.words import V1, V2, WIDTHS, InWords, Words, bits_of_codes, misfit, reason_against
 from bitlathe.numerics.scheme import Scheme
 from bitlathe.plan import LayerPlan, Plan
 
 METHOD = "gptq"
-HEADS = frozenset(arch.head for arch in ARCHS.values())
 _VERSIONS: dict[Words, str] = {V1: "gptq", V2: "gptq_v2"}
 
 

@@ -24,10 +24,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bitlathe.arch import ARCHS
 from bitlathe.errors import CheckpointError, FormatError
 from bitlathe.formats.base import Container, QuantLayer
-from bitlathe.formats.stored import Layout, bits_of, most_of, refuse_split_groups, some, take
+from bitlathe.formats.stored import DTYPE_NAMES, EXPERTS, Layout, bits_of, most_of, refuse_each, refuse_split_groups, take
 from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.bits import pack, unpack
 from bitlathe.numerics.project import QuantTensor
@@ -39,8 +38,6 @@ DTYPES = {"BF16": torch.bfloat16, "FP16": torch.float16}
 _GRIDS = tuple(f"INT{bits}" for bits in (2, 3, 4, 5, 6, 8))
 _GROUPS = (32, 64, 128)
 _WORD = 32
-_NAMES = {"bfloat16": "bf16", "float16": "fp16"}
-_EXPERTS = tuple(f".{arch.experts}." for arch in ARCHS.values() if arch.experts is not None)
 
 
 class Mlx:
@@ -64,13 +61,7 @@ class Mlx:
                 "mlx cannot hold R3, the rotation of queries and keys: mlx-lm would not run it. Leave R3 out of --rotate, or "
                 "write the native format, which can"
             )
-        refused: dict[str, list[str]] = {}
-        for name, row in plan.linears.items():
-            if (reason := _reason(name, row, plan.dtype)) is not None:
-                refused.setdefault(reason, []).append(name)
-        if refused:
-            told = "; ".join(f"{some(names)}: {reason}" for reason, names in refused.items())
-            raise FormatError(f"mlx cannot hold {told}. The native format holds every scheme")
+        refuse_each(((name, _reason(name, row, plan.dtype)) for name, row in plan.linears.items()), self.name, mark=":")
         refuse_split_groups(plan, fused, self.name)
 
     def bits(self, row: LayerPlan, shape: tuple[int, int]) -> int:
@@ -126,9 +117,9 @@ class Mlx:
         head are in the weights and cannot be told. Raises FormatError for other quantizations than affine ones.
         """
         long = config.get("dtype", "bfloat16")
-        if long not in _NAMES:
+        if long not in DTYPE_NAMES:
             raise FormatError(f"the model's dtype is {long}; a plan's is bfloat16 or float16. Load the folder with mlx-lm")
-        dtype = _NAMES[long]
+        dtype = DTYPE_NAMES[long]
         rows = {name: LayerPlan(weight=_scheme(config.get(name, config), dtype)) for name in linears}
         return Plan.model_validate({"linears": rows, "dtype": dtype})
 
@@ -142,7 +133,7 @@ def _reason(name: str, row: LayerPlan, dtype: str) -> str | None:
         return f"activations in {described(row.input)}, and mlx-lm keeps them in 16 bits; quantize weights alone"
     if scheme is None:
         return None
-    if any(experts in name for experts in _EXPERTS):
+    if any(experts in name for experts in EXPERTS):
         return "a quantized expert, whose scales mlx-lm would lose; keep experts in 16 bits with an override"
     if scheme.asymmetric:
         return f"{name_of(scheme)}: scale times zero point is no 16-bit number in general; use a symmetric scheme"

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from math import prod
 
 import torch
 from torch import Tensor
 
+from bitlathe.arch import ARCHS
 from bitlathe.errors import CheckpointError, FormatError
 from bitlathe.numerics.scheme import Scheme, name_of
 from bitlathe.plan import Plan
 
 # Name of a tensor -> its dtype and shape.
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+HEADS = frozenset(arch.head for arch in ARCHS.values())
+# What the names of experts hold.
+EXPERTS = tuple(f".{arch.experts}." for arch in ARCHS.values() if arch.experts is not None)
+# Dtypes by their names in config.json, and in a plan.
+DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 def bits_of(layout: Layout) -> int:
@@ -67,12 +74,18 @@ def refuse_rows(
     reason: Callable[[Scheme, tuple[int, int]], str | None],
 ) -> None:
     """Raise FormatError for quantized linears that there is a reason against, each reason once. shapes: (outputs, inputs)."""
+    found = ((name, scheme, reason(scheme, shapes[name])) for name, scheme in plan.quantized.items())
+    refuse_each(((name, why and f"{name_of(scheme)}: {why}") for name, scheme, why in found), format_name)
+
+
+def refuse_each(reasons: Iterable[tuple[str, str | None]], format_name: str, *, mark: str = ",") -> None:
+    """Raise FormatError for linears that there is a reason against, each reason once, after the names and a `mark`."""
     refused: dict[str, list[str]] = {}
-    for name, scheme in plan.quantized.items():
-        if (why := reason(scheme, shapes[name])) is not None:
-            refused.setdefault(f"{name_of(scheme)}: {why}", []).append(name)
+    for name, why in reasons:
+        if why is not None:
+            refused.setdefault(why, []).append(name)
     if refused:
-        told = "; ".join(f"{some(names)}, {why}" for why, names in refused.items())
+        told = "; ".join(f"{some(names)}{mark} {why}" for why, names in refused.items())
         raise FormatError(f"{format_name} cannot hold {told}. The native format holds every scheme")
 
 

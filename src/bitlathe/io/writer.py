@@ -429,12 +429,18 @@ def _reports(out: Path) -> dict[Path, dict[str, Any]]:
     return {}
 
 
-def _report(folder: Path) -> dict[str, Any] | None:
+def report_of(folder: Path) -> dict[str, Any] | None:
+    """report.json of a result of ours; None for any other folder."""
     try:
         report = json.loads((folder / REPORT).read_bytes())
     except (OSError, ValueError):
         return None
-    if not isinstance(report, dict) or report.get("tool") != TOOL:
+    return report if isinstance(report, dict) and report.get("tool") == TOOL else None
+
+
+def _report(folder: Path) -> dict[str, Any] | None:
+    report = report_of(folder)
+    if report is None:
         return None
     whole = isinstance(report.get("fingerprint"), dict) and all(
         isinstance(report.get(key), list) for key in ("files", "folders")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bitlathe.errors import CheckpointError
 from bitlathe.formats.base import QuantLayer
@@ -109,28 +110,23 @@ class Block:
     def watch(self, names: Iterable[str], see: Any) -> Iterator[None]:
         """While open, `see(name, x)` is called with all that the weights of the linears `names` multiply, [..., inputs]: their
         inputs as they are turned and rounded by then."""
-        with _hooked({name: self.linear(name).stage for name in names}, see):
+        with _while_hooked(_after({name: self.linear(name).stage for name in names}, see)):
             yield
 
     @contextmanager
     def given(self, modules: Iterable[str], see: Any) -> Iterator[None]:
         """While open, `see(name, x)` is called with the first argument of all calls of the modules of these names."""
-        handles = [
-            self.module.get_submodule(self.inner(name)).register_forward_pre_hook(
-                lambda _module, given, name=name: see(name, given[0])
-            )
-            for name in modules
-        ]
-        try:
+        found = {name: self.module.get_submodule(self.inner(name)) for name in modules}
+        with _while_hooked(
+            module.register_forward_pre_hook(lambda _module, given, name=name: see(name, given[0]))
+            for name, module in found.items()
+        ):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def outputs(self, names: Iterable[str], see: Any) -> Iterator[None]:
         """While open, `see(name, y)` is called with all that the linears `names` make, [..., outputs]."""
-        with _hooked({name: self.linear(name) for name in names}, see):
+        with _while_hooked(_after({name: self.linear(name) for name in names}, see)):
             yield
 
     def inner(self, name: str) -> str:
@@ -138,12 +134,14 @@ class Block:
         return name.removeprefix(f"{self.name}.") if self.name else name
 
 
+def _after(modules: Mapping[str, nn.Module], see: Any) -> Iterator[RemovableHandle]:
+    for name, module in modules.items():
+        yield module.register_forward_hook(lambda _module, _inputs, output, name=name: see(name, output))
+
+
 @contextmanager
-def _hooked(modules: Mapping[str, nn.Module], see: Any) -> Iterator[None]:
-    handles = [
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: see(name, output))
-        for name, module in modules.items()
-    ]
+def _while_hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    handles = list(hooks)
     try:
         yield
     finally:

@@ -8,7 +8,6 @@ they are: that is how a model is run, and no part of the model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
@@ -21,7 +20,7 @@ from bitlathe.errors import CheckpointError
 from bitlathe.formats.fp8 import METHOD
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.io.tensor_info import TensorInfo
-from bitlathe.io.writer import REPORT, TOOL
+from bitlathe.io.writer import report_of
 from bitlathe.numerics.project import QuantTensor, dequantize
 from bitlathe.numerics.scheme import Scheme
 
@@ -37,18 +36,10 @@ def as_original(checkpoint: Checkpoint) -> Checkpoint:
     Raises CheckpointError for FP8 weights whose scales are missing or of other blocks than config.json says.
     """
     quantization = checkpoint.config.get("quantization_config")
-    if quantization is None or quantization.get("quant_method") != METHOD or _ours(checkpoint):
+    if quantization is None or quantization.get("quant_method") != METHOD:
         return checkpoint
-    return Dequantized(checkpoint)
-
-
-def _ours(checkpoint: Checkpoint) -> bool:
-    """Whether a run of this program wrote the folder, which then has an original elsewhere."""
-    try:
-        report = json.loads((checkpoint.path / REPORT).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(report, dict) and report.get("tool") == TOOL
+    # A result of ours has an original elsewhere.
+    return checkpoint if report_of(checkpoint.path) is not None else Dequantized(checkpoint)
 
 
 class Dequantized(Checkpoint):
@@ -61,7 +52,7 @@ class Dequantized(Checkpoint):
         self.stored = stored
         self.source, self.path, self.from_hub = stored.source, stored.path, stored.from_hub
         self.config: dict[str, Any] = {key: said for key, said in stored.config.items() if key != "quantization_config"}
-        self._block = _block_of(stored)
+        self._scheme = Scheme(grid="E4M3", block=_block_of(stored), scale=Scheme(grid="FP32"))
         self.header: dict[str, TensorInfo] = {}
         for name, info in stored.header.items():
             if name.endswith(_BESIDE):
@@ -86,11 +77,11 @@ class Dequantized(Checkpoint):
 
     def _floats(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Codes [outputs, inputs] times the scales of their blocks, float32."""
-        scheme = Scheme(grid="E4M3", block=self._block, scale=Scheme(grid="FP32"))
+        assert self._scheme.scale is not None
         shape = (codes.shape[0], codes.shape[1])
-        blocks = scheme.blocks(shape)
-        held = QuantTensor(Scheme(grid="FP32"), blocks, scale.float().reshape(blocks))
-        return dequantize(QuantTensor(scheme, shape, codes, held), torch.float32)
+        blocks = self._scheme.blocks(shape)
+        held = QuantTensor(self._scheme.scale, blocks, scale.float().reshape(blocks))
+        return dequantize(QuantTensor(self._scheme, shape, codes, held), torch.float32)
 
     def _refuse(self, name: str) -> None:
         """Raise CheckpointError for a weight that cannot be dequantized."""
@@ -109,10 +100,9 @@ class Dequantized(Checkpoint):
 
     def _misfit(self, shape: tuple[int, int], scale: TensorInfo) -> str:
         """What is wrong with the scales of a weight of `shape`; "" if nothing is."""
-        scheme = Scheme(grid="E4M3", block=self._block, scale=Scheme(grid="FP32"))
-        if not scheme.fits(shape):
-            return f"has {shape[1]} inputs, which are no multiple of {self._block[1]}"
-        blocks = scheme.blocks(shape)
+        if not self._scheme.fits(shape):
+            return f"has {shape[1]} inputs, which are no multiple of {self._scheme.block[1]}"
+        blocks = self._scheme.blocks(shape)
         if scale.dtype not in _SCALES or (scale.shape != blocks and not prod(scale.shape) == prod(blocks) == 1):
             return f"has scales {scale.dtype} {list(scale.shape)}, where its blocks need {list(blocks)}"
         return ""

@@ -52,10 +52,10 @@ class Hidden:
         """Whether these states lie in a file."""
         return self._pages is not None
 
-    def batches(self, size: int, *, first: int | None = None) -> list[slice]:
-        """Slices of at most `size` sequences that cover all of them in order, or the `first` ones."""
+    def batches(self, size: int, *, first: int | None = None, start: int = 0) -> list[slice]:
+        """Slices of at most `size` sequences that cover all of them in order, or the `first` ones, or all from `start` on."""
         last = len(self) if first is None else min(first, len(self))
-        return [slice(start, min(start + size, last)) for start in range(0, last, size)]
+        return [slice(at, min(at + size, last)) for at in range(start, last, size)]
 
     def _drop_pages(self) -> None:
         # Mapped pages count as resident memory until they are dropped; the file keeps what was written.

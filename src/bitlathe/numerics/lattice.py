@@ -28,11 +28,7 @@ class Lattice:
 
     def nearest(self, x: Tensor, column: int | slice) -> Tensor:
         """The numbers nearest to `x`: [rows] for a column, [columns of it, rows] for a slice."""
-        scale = self.scale[column]
-        if self.taken is None:
-            return snap(x / scale, self.grid, unsigned=self.unsigned).mul_(scale)
-        taken = self.taken[column]
-        return snap((x + taken).div_(scale), self.grid, unsigned=self.unsigned).mul_(scale).sub_(taken)
+        return self._numbers(self._codes(x, column), column)
 
     def ordered(self, order: Tensor) -> Lattice:
         """The same with the columns in another order [columns]."""
@@ -40,9 +36,20 @@ class Lattice:
 
     def moved(self, x: Tensor, other: Lattice) -> Tensor:
         """The numbers [columns, rows] that another lattice of the same grid has for the codes that stand for `x` here."""
-        codes = (x if self.taken is None else x + self.taken) / self.scale
-        codes = snap(codes, self.grid, unsigned=self.unsigned).mul_(other.scale)
-        return codes if other.taken is None else codes.sub_(other.taken)
+        return other._numbers(self._codes(x, slice(None)), slice(None))
+
+    def mixed(self, other: Lattice, rows: Tensor) -> Lattice:
+        """That of another one for some `rows` [rows], which are true, and this one for the others."""
+        taken = None if self.taken is None or other.taken is None else torch.where(rows, other.taken, self.taken)
+        return Lattice(self.grid, self.unsigned, torch.where(rows, other.scale, self.scale), taken)
+
+    def _codes(self, x: Tensor, column: int | slice) -> Tensor:
+        x = x / self.scale[column] if self.taken is None else (x + self.taken[column]).div_(self.scale[column])
+        return snap(x, self.grid, unsigned=self.unsigned)
+
+    def _numbers(self, codes: Tensor, column: int | slice) -> Tensor:
+        codes = codes.mul_(self.scale[column])
+        return codes if self.taken is None else codes.sub_(self.taken[column])
 
 
 def side_by_side(lattices: Sequence[Lattice]) -> Lattice:

@@ -44,6 +44,11 @@ class Tuner(Protocol):
         ...
 
 
+def held_out(sequences: int, most: int) -> int:
+    """How many sequences are not learned from, of those there are: at most a quarter, and none of very few."""
+    return min(most, sequences // 4)
+
+
 @torch.no_grad()
 def block_error(block: Block, inputs: Hidden, targets: Hidden, *, batches: list[slice]) -> float:
     """Mean squared error, in float32, of the block's output against the targets over the batches' tokens that count: those

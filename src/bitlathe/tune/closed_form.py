@@ -25,7 +25,7 @@ from bitlathe.numerics.lattice import Lattice, lattice_of, side_by_side
 from bitlathe.numerics.project import Learned, quantize, search
 from bitlathe.numerics.scheme import GRIDS, Scheme
 from bitlathe.numerics.solve import Hessian, descend, feed_back, prepared, refit, towards
-from bitlathe.tune.base import Listen, Tuned, block_error
+from bitlathe.tune.base import Listen, Tuned, block_error, held_out
 from bitlathe.tune.grams import Gram, blended, grams_of
 from bitlathe.tune.options import ClosedFormOptions, TuneOptions
 from bitlathe.tune.rtn import Rtn
@@ -93,7 +93,8 @@ class ClosedForm:
         peaks = block.peaks(schemes)
         linears = {name: block.linear(name) for name in schemes}
         works = {name: _Work(name, block.weight(name), scheme, peaks[name]) for name, scheme in schemes.items()}
-        held, rest = self._split(len(inputs))
+        aside = held_out(len(inputs), self.options.held_out)
+        held, rest = inputs.batches(self.batch_size, first=aside), inputs.batches(self.batch_size, start=aside)
         rounded: dict[str, QuantLayer] = {}
         solved: dict[str, QuantLayer] = {}
         starved: list[str] = []
@@ -130,16 +131,6 @@ class ClosedForm:
             return Tuned(rounded, before, before, tuple(starved), told)
         fallen = f"the moments of what {', '.join(failed)} reads have no inverse: rounded to nearest" if failed else None
         return Tuned(solved, before, after, tuple(starved), fallen)
-
-    def _split(self, sequences: int) -> tuple[list[slice], list[slice]]:
-        """Batches that are held out, and those to learn from; where too little is left to hold anything out, none are."""
-        held = min(self.options.held_out, sequences // 4)
-        parts = ((0, held), (held, sequences))
-        held_out, rest = (
-            [slice(start, min(start + self.batch_size, end)) for start in range(first, end, self.batch_size)]
-            for first, end in parts
-        )
-        return held_out, rest
 
 
 def _alike(works: Sequence[_Work]) -> list[list[_Work]]:
@@ -206,10 +197,9 @@ def _descended(tried: list[tuple[_Work, Tensor]], hessian: Hessian, options: Clo
         found = descend(aim, found, lattice, hessian)
     lost = hessian.loss(aim - found)
     refits = options.refits if scheme.block[0] == 1 and scheme.moves else 0
+    h = hessian.h[back][:, back]
     for _ in range(refits):
-        multiples = refit(
-            wanted.T, found[back], hessian.h[back][:, back], width=scheme.block[1] or len(aim), ridge=_REFIT_RIDGE
-        )
+        multiples = refit(wanted.T, found[back], h, width=scheme.block[1] or len(aim), ridge=_REFIT_RIDGE)
         stretched = [work.stretched(own) for work, own in zip(works, multiples.split(rows, dim=1), strict=True)]
         other = side_by_side([work.lattice() for work in stretched]).ordered(order)
         moved = descend(aim, lattice.moved(found, other), other, hessian)
@@ -217,6 +207,6 @@ def _descended(tried: list[tuple[_Work, Tensor]], hessian: Hessian, options: Clo
         better = now < lost
         kept = torch.where(better, multiples, 1.0)
         works = [work.stretched(own) for work, own in zip(works, kept.split(rows, dim=1), strict=True)]
-        lattice = side_by_side([work.lattice() for work in works]).ordered(order)
+        lattice = lattice.mixed(other, better)
         found, lost = torch.where(better, moved, found), torch.minimum(now, lost)
     return list(zip(works, found[back].T.contiguous().split(rows), strict=True))

@@ -26,7 +26,7 @@ from bitlathe.model.moments import counting, moments_of
 from bitlathe.model.walk import Step
 from bitlathe.numerics.project import Learned, quantize, search
 from bitlathe.numerics.scheme import Scheme
-from bitlathe.tune.base import Listen, Tuned, block_error
+from bitlathe.tune.base import Listen, Tuned, block_error, held_out
 from bitlathe.tune.options import SignRoundOptions, TuneOptions
 
 # Only the sign of a gradient is used. The factor of a mean, one over millions, would put it below what fp16 holds; with none,
@@ -89,7 +89,9 @@ class SignRound:
     ) -> tuple[float, float, set[Tensor]]:
         """Leave the best state in `tuned`; the error of the state it started from and its own, on the held-out sequences; and
         the parameters that were reached, which those of an expert are only by tokens that chose it."""
-        held, draws = self._split(len(inputs), block.index)
+        aside = held_out(len(inputs), self.options.held_out)
+        # Where too little is left to hold anything out, the first sequence serves for both.
+        held, draws = inputs.batches(self.batch_size, first=max(aside, 1)), self._draws(aside, len(inputs), block.index)
         bounded = [row for linear in tuned for row in linear.bounded()]
         parameters = [parameter for parameter, _, _ in bounded]
         forward = torch.compile(block) if self.options.compile else block
@@ -113,20 +115,13 @@ class SignRound:
             parameter.data.copy_(kept)
         return before, best, reached
 
-    def _split(self, sequences: int, block: int) -> tuple[list[slice], Iterator[Tensor]]:
-        """Held-out batches, and batches to learn from: every sequence once in a random order, then again in another."""
-        held = min(self.options.held_out, sequences // 4)
-        last = max(held, 1)  # where too little is left to hold anything out, the first sequence serves for both
-        kept = [slice(start, min(start + self.batch_size, last)) for start in range(0, last, self.batch_size)]
+    def _draws(self, held: int, sequences: int, block: int) -> Iterator[Tensor]:
+        """Batches to learn from, without those held out: every sequence once in a random order, then again in another."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
         size = min(self.batch_size, sequences - held)
-
-        def draws() -> Iterator[Tensor]:
-            while True:
-                order = torch.randperm(sequences - held, generator=generator) + held
-                yield from (chunk for chunk in order.split(size) if len(chunk) == size)
-
-        return kept, draws()
+        while True:
+            order = torch.randperm(sequences - held, generator=generator) + held
+            yield from (chunk for chunk in order.split(size) if len(chunk) == size)
 
 
 def start_of(weight: Tensor, scheme: Scheme) -> Learned:
