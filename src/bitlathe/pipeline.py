@@ -136,7 +136,7 @@ def _every_turn(ready: Prepared, writer: Writer, listen: Listener, *, began: flo
 def _start(ready: Prepared, writer: Writer) -> Start:
     if ready.tokens is None or not ready.text_streams:
         return Start([], ())
-    return start_on(ready, writer.work, ready.tokens, streams=ready.text_streams)
+    return start_on(ready, writer.work, ready.tokens, streams=ready.text_streams, gradients=ready.tuner.gradients)
 
 
 def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener, *, began: float) -> BlockReport:

@@ -107,9 +107,18 @@ class Prepared:
     def _bytes_spilled(self) -> int:
         if self.tokens is None:
             return 0
-        # As `Budget` does it: a stream of hidden states lies in memory as long as there is room for the whole of it.
-        stream = self.tokens.numel() * self.skeleton.model.config.hidden_size * self.weights.dtype.itemsize
-        return stream * max(0, self.text_streams - self.recipe.memory.activations // stream)
+        stream = self._bytes_of(len(self.tokens))
+        gradients = [self._bytes_of(min(self.tuner.gradients, len(self.tokens)))] * (self.skeleton.depth + 2)
+        left, spilled = self.recipe.memory.activations, 0
+        # As `Budget` does it: what lies in memory does so as a whole.
+        for nbytes in [stream] * self.text_streams + gradients:
+            fits = nbytes <= left
+            left, spilled = (left - nbytes, spilled) if fits else (left, spilled + nbytes)
+        return spilled
+
+    def _bytes_of(self, sequences: int) -> int:
+        """Of hidden states of so many windows."""
+        return sequences * self.recipe.seqlen * self.skeleton.model.config.hidden_size * self.weights.dtype.itemsize
 
     def fingerprint(self) -> dict[str, str]:
         """What the result depends on, part by part."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bitlathe.errors import CheckpointError
+from bitlathe.model.fisher import gradients_of
 from bitlathe.model.hidden import Budget
 from bitlathe.model.walk import Start, begin
 from bitlathe.prepare import Prepared
@@ -21,11 +23,18 @@ from bitlathe.tune.signs import errors_of
 _DRAWN_ON = 8
 
 
-def start_on(ready: Prepared, folder: Path, tokens: Tensor, *, streams: int) -> Start:
-    """The beginning of a walk over the windows `tokens`; hidden states that do not fit into memory go to `folder`."""
+def start_on(ready: Prepared, folder: Path, tokens: Tensor, *, streams: int, gradients: int = 0) -> Start:
+    """The beginning of a walk over the windows `tokens`; hidden states that do not fit into memory go to `folder`.
+
+    gradients: for how many of the windows, the last ones, the walk is to know those of the original's likelihood."""
     refuse_infinite(ready.weights.read(ready.skeleton.parameters_of(ready.skeleton.arch.embed)), ready.plan.dtype)
     budget = Budget(ready.recipe.memory.activations, folder)
-    return begin(ready.skeleton, ready.weights, tokens, budget, streams=streams)
+    start = begin(ready.skeleton, ready.weights, tokens, budget, streams=streams)
+    if not gradients:
+        return start
+    size, seed = ready.recipe.batch_size, ready.recipe.seed
+    found = gradients_of(ready.skeleton, ready.weights, tokens[-gradients:], budget, batch_size=size, seed=seed)
+    return replace(start, gradients=found)
 
 
 def refuse_infinite(tensors: Mapping[str, Tensor], dtype: str) -> None:

@@ -69,8 +69,7 @@ def _embedded(ground: Ground, plans: Sequence[Plan], budget: Budget) -> tuple[li
         (streams[first],), calls = start.streams, start.calls
         for index in others:
             streams[index] = copy = budget.allocate(streams[first].shape, torch.float32, ground.weights.device)
-            for batch in copy.batches(ground.batch_size):
-                copy[batch] = streams[first][batch]
+            copy.copy_from(streams[first], ground.batch_size)
     return [streams[index] for index in range(len(plans))], calls
 
 

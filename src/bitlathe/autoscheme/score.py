@@ -9,7 +9,7 @@ gradients gives that metric without a Hessian. With g_t the gradient by a linear
 
 F is made once for all options of the weights, by one matrix product. Rounding errors of different weights are taken for
 independent, which is why the diagonal serves. What dW is comes from the codes that would be written: rounded to nearest on the
-searched range. (The diagonal: Optimal Brain Damage, LeCun et al., 1990; sampled labels: Kunstner et al., arXiv:1905.12558.)
+searched range. (The diagonal: Optimal Brain Damage, LeCun et al., 1990.)
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from bitlathe.errors import CheckpointError
 from bitlathe.io.writer import require_room
 from bitlathe.model.block import Block
 from bitlathe.model.edit import coded
+from bitlathe.model.fisher import from_labels
 from bitlathe.model.hidden import Budget, Hidden
 from bitlathe.model.moments import Moments
 from bitlathe.model.static import static_scales
-from bitlathe.model.walk import Tape, begin, go_back, record, walk_back
+from bitlathe.model.walk import Tape, begin, record, walk_back
 from bitlathe.numerics.activation import StaticScale, fake_quantize_input
 from bitlathe.numerics.project import dequantize, fake_quantize, search
 from bitlathe.plan import LayerPlan
@@ -109,26 +110,9 @@ def _from_head(ground: Ground, kept: Kept, last: Hidden, gradient: Hidden, *, sc
             if one is not None:
                 one(name, x, y)
 
-    for window in range(len(last)):
-        # A number for each token, not a draw for each: the same on every device.
-        chances = torch.rand(last.shape[1], generator=torch.Generator().manual_seed(ground.seed * 1_000_003 + window))
-        parts, done = [], 0
-        for part in head.parts(last[window : window + 1]):
-            drawn = chances[done : done + part.shape[1]].to(part.device)
-            parts.append(go_back(head, part, lambda logits, drawn=drawn: _less_a_label(logits, drawn), see))
-            done += part.shape[1]
-        gradient[window : window + 1] = torch.cat(parts, dim=1)
+    from_labels(head, last, gradient, seed=ground.seed, see=see)
     if seen is not None:
         kept.put(HEAD, *seen.found())
-
-
-def _less_a_label(logits_BTV: Tensor, chances_T: Tensor) -> Tensor:
-    """The gradient by logits of the negative log-likelihood of labels that are drawn from them. chances: in [0, 1)."""
-    p = logits_BTV.float().softmax(-1)
-    sums = p.cumsum(-1)
-    label = torch.searchsorted(sums, chances_T.view(1, -1, 1) * sums[..., -1:], right=True)
-    label = torch.minimum(label, label.new_full((), p.shape[-1] - 1))
-    return p.scatter_add_(-1, label, torch.full_like(p[..., :1], -1.0)).to(logits_BTV.dtype)
 
 
 class _Seen:

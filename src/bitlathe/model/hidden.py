@@ -57,6 +57,11 @@ class Hidden:
         last = len(self) if first is None else min(first, len(self))
         return [slice(at, min(at + size, last)) for at in range(start, last, size)]
 
+    def copy_from(self, other: Hidden, size: int) -> None:
+        """Become equal to others of the same shape, `size` sequences at a time."""
+        for batch in self.batches(size):
+            self[batch] = other[batch]
+
     def _drop_pages(self) -> None:
         # Mapped pages count as resident memory until they are dropped; the file keeps what was written.
         if self._pages is not None:

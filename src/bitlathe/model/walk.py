@@ -22,17 +22,21 @@ from bitlathe.model.weights import Weights
 
 @dataclass(frozen=True)
 class Start:
-    """Where a walk begins: the blocks' calls, and the hidden states [sequences, tokens, width] before the first block."""
+    """Where a walk begins: the blocks' calls, and the hidden states [sequences, tokens, width] before the first block.
+    gradients: for each block, that of a loss by what it makes in the original, for the last few sequences; empty where nobody
+    asks for it."""
 
     calls: list[dict[str, Any]]
     streams: tuple[Hidden, ...]
+    gradients: Sequence[Hidden] = ()
 
 
 @dataclass
 class Step:
     """One block's turn. inputs: what it receives from the blocks before it, as they are after their turn; targets: what the
-    original block makes of the original stream; original: that block, and what it received. None of them on a walk without
-    text, no targets on a walk of one stream, no original on a walk of less than three.
+    original block makes of the original stream; original: that block, and what it received; gradient: of a loss by what it
+    makes, for the last of the sequences. None of them on a walk without text, no targets on a walk of one stream, no original on
+    a walk of less than three, no gradient where the start has none.
 
     Once the walk is asked for the next turn, this one no longer has its `block`."""
 
@@ -40,6 +44,7 @@ class Step:
     inputs: Hidden | None
     targets: Hidden | None
     original: tuple[Block, Hidden] | None = field(default=None, repr=False)
+    gradient: Hidden | None = field(default=None, repr=False)
 
 
 def begin(skeleton: Skeleton, weights: Weights, tokens_NT: Tensor, budget: Budget, *, streams: int) -> Start:
@@ -75,7 +80,8 @@ def walk(skeleton: Skeleton, weights: Weights, start: Start, *, batch_size: int)
             original = block.twin(), received
         if targets is not None:
             advance(block, targets if original is None else original[1], batch_size, into=targets)
-        step = Step(block, inputs, targets, original)
+        gradient = start.gradients[block.index] if start.gradients else None
+        step = Step(block, inputs, targets, original, gradient)
         del original
         yield step
         # The body's own name for the step lasts until it is given the next one, and the blocks must not.
@@ -106,8 +112,7 @@ def record(skeleton: Skeleton, weights: Weights, start: Start, budget: Budget, *
     kept = []
     for _ in walk(skeleton, weights, start, batch_size=batch_size):
         copy = budget.allocate(stream.shape, weights.dtype, weights.device)
-        for batch in stream.batches(batch_size):
-            copy[batch] = stream[batch]
+        copy.copy_from(stream, batch_size)
         kept.append(copy)
     return kept
 

@@ -34,6 +34,11 @@ class Lattice:
         """The same with the columns in another order [columns]."""
         return Lattice(self.grid, self.unsigned, self.scale[order], None if self.taken is None else self.taken[order])
 
+    def part(self, rows: Tensor | slice) -> Lattice:
+        """That of some rows, or of all in another order."""
+        taken = None if self.taken is None else self.taken[:, rows].contiguous()
+        return Lattice(self.grid, self.unsigned, self.scale[:, rows].contiguous(), taken)
+
     def moved(self, x: Tensor, other: Lattice) -> Tensor:
         """The numbers [columns, rows] that another lattice of the same grid has for the codes that stand for `x` here."""
         return other._numbers(self._codes(x, slice(None)), slice(None))

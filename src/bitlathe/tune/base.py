@@ -35,9 +35,11 @@ class Tuned:
 
 
 class Tuner(Protocol):
-    """An algorithm that rounds a block. streams: how many streams of hidden states it wants (see `walk`): 0 to 3."""
+    """An algorithm that rounds a block. streams: how many streams of hidden states it wants (see `walk`): 0 to 3. gradients: of
+    how many sequences it wants the gradient of the original's likelihood by what a block makes (`Step.gradient`)."""
 
     streams: int
+    gradients: int
 
     def tune(self, step: Step, schemes: Mapping[str, Scheme], listen: Listen) -> Tuned:
         """Round the linears in `schemes` (full names) of `step.block`. The block may be left in any state."""

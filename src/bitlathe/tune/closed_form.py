@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
 
 import torch
 from torch import Tensor
@@ -25,7 +24,9 @@ from bitlathe.numerics.lattice import Lattice, lattice_of, side_by_side
 from bitlathe.numerics.project import Learned, quantize, search
 from bitlathe.numerics.scheme import GRIDS, Scheme
 from bitlathe.numerics.solve import Hessian, descend, feed_back, prepared, refit, towards
+from bitlathe.numerics.two_sided import two_sided
 from bitlathe.tune.base import Listen, Tuned, block_error, held_out
+from bitlathe.tune.fisher import metrics_of
 from bitlathe.tune.grams import Gram, blended, grams_of
 from bitlathe.tune.options import ClosedFormOptions, TuneOptions
 from bitlathe.tune.rtn import Rtn
@@ -70,20 +71,30 @@ class _Work:
         return replace(self, learned=Learned(low=low if self.scheme.two_ended else None, high=high))
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A linear on the range that it ends with, what its weights [rows, columns] should be near to, and what they become."""
+
+    work: _Work
+    wanted: Tensor
+    weight: Tensor
+
+
 class ClosedForm:
     """GPTQ with searched scales and what improves on it; see the module."""
 
     streams = 3
 
-    def __init__(self, *, batch_size: int, options: ClosedFormOptions) -> None:
-        self.batch_size, self.options = batch_size, options
+    def __init__(self, *, batch_size: int, options: ClosedFormOptions, gradients: int = 0) -> None:
+        self.batch_size, self.options, self.gradients = batch_size, options, gradients
 
     @classmethod
     def of(cls, options: TuneOptions) -> ClosedForm | Rtn:
         """The tuner that a recipe's options ask for."""
         if options.effort == "fast":
             return Rtn(searched=True, batch_size=options.batch_size)
-        return cls(batch_size=options.batch_size, options=options.closed_form)
+        gradients = options.closed_form.gradients if options.effort == "best" else 0
+        return cls(batch_size=options.batch_size, options=options.closed_form, gradients=gradients)
 
     @torch.no_grad()
     def tune(self, step: Step, schemes: Mapping[str, Scheme], listen: Listen) -> Tuned:
@@ -95,6 +106,7 @@ class ClosedForm:
         works = {name: _Work(name, block.weight(name), scheme, peaks[name]) for name, scheme in schemes.items()}
         aside = held_out(len(inputs), self.options.held_out)
         held, rest = inputs.batches(self.batch_size, first=aside), inputs.batches(self.batch_size, start=aside)
+        outputs = metrics_of(step, schemes, batch_size=self.batch_size)
         rounded: dict[str, QuantLayer] = {}
         solved: dict[str, QuantLayer] = {}
         starved: list[str] = []
@@ -115,7 +127,7 @@ class ClosedForm:
                     continue
                 part = _ALL if linears[first].stage.scheme is None else _HALF
                 for alike in _alike(searched):
-                    found = _solve(alike, gram, checks.get(first), part=part, options=self.options)
+                    found = _solve(alike, gram, checks.get(first), outputs, part=part, options=self.options)
                     failed += [work.name for work in alike if work.name not in found]
                     now |= found
             rounded |= nearest
@@ -142,9 +154,16 @@ def _alike(works: Sequence[_Work]) -> list[list[_Work]]:
 
 
 def _solve(
-    works: list[_Work], gram: Gram, check: Gram | None, *, part: float, options: ClosedFormOptions
+    works: list[_Work],
+    gram: Gram,
+    check: Gram | None,
+    outputs: Mapping[str, Hessian],
+    *,
+    part: float,
+    options: ClosedFormOptions,
 ) -> dict[str, QuantLayer]:
-    """The codes of linears of one scheme that read the same; nothing where the moments have no inverse."""
+    """The codes of linears of one scheme that read the same; nothing where the moments have no inverse. outputs: what errors of
+    what they make cost, where that is known."""
     grid, h, width = GRIDS[works[0].scheme.grid], gram.h / gram.tokens, len(gram.h)
     coarse = grid.bits <= 3 or (grid.kind == "float" and grid.bits <= 4) or gram.tokens < _SHORT * width
     hessian = prepared(h, _MORE_DAMPING if coarse else _DAMPING)
@@ -157,14 +176,16 @@ def _solve(
         missing = gram.missing(weight)
         if missing is not None and check is not None and gram.tokens >= _NEVER * width:
             tried.append((work, towards(weight, h, missing, part=part, ridge=_RIDGE)))
-    least: dict[str, float] = {}
-    layers: dict[str, QuantLayer] = {}
+    best: dict[str, _Found] = {}
     for portion in _portions(tried):
-        for work, found in _descended(portion, hessian, options):
-            lost = 0.0 if check is None else _lost(work.weight.float(), found, check)
-            if lost < least.get(work.name, inf):
-                least[work.name], layers[work.name] = lost, work.layer(found)
-    return layers
+        for found in _descended(portion, hessian, options):
+            name = found.work.name
+            if name not in best or (check is not None and _lost(found, check) < _lost(best[name], check)):
+                best[name] = found
+    known = [found for name, found in best.items() if name in outputs]
+    if known:
+        best |= {found.work.name: found for found in _across(known, hessian, outputs, passes=options.passes)}
+    return {name: found.work.layer(found.weight) for name, found in best.items()}
 
 
 def _portions(tried: list[tuple[_Work, Tensor]]) -> Iterator[list[tuple[_Work, Tensor]]]:
@@ -178,15 +199,25 @@ def _portions(tried: list[tuple[_Work, Tensor]]) -> Iterator[list[tuple[_Work, T
     yield portion
 
 
-def _lost(weight: Tensor, found: Tensor, check: Gram) -> float:
+def _lost(found: _Found, check: Gram) -> float:
     """How far what a linear makes of its input is from what the original makes of its own, squared, but for a constant."""
-    error, missing = weight - found, check.missing(weight)
+    weight = found.work.weight.float()
+    error, missing = weight - found.weight, check.missing(weight)
     lost = error @ check.h / check.tokens
     return ((lost if missing is None else lost + 2 * missing) * error).sum().item()
 
 
-def _descended(tried: list[tuple[_Work, Tensor]], hessian: Hessian, options: ClosedFormOptions) -> list[tuple[_Work, Tensor]]:
-    """Each work on the range that it ends with, and what its weights [rows, columns] become that should be near to others."""
+def _across(tried: list[_Found], hessian: Hessian, outputs: Mapping[str, Hessian], *, passes: int) -> Iterator[_Found]:
+    """The same on their lattices, with rows that make up for each other."""
+    order, back = hessian.order, hessian.order.argsort()
+    wanted, near = ([x.T[order] for x in found] for found in ([one.wanted for one in tried], [one.weight for one in tried]))
+    lattices, metrics = [one.work.lattice().ordered(order) for one in tried], [outputs[one.work.name] for one in tried]
+    for one, found in zip(tried, two_sided(wanted, near, lattices, hessian, metrics, passes=passes), strict=True):
+        yield replace(one, weight=found[back].T.contiguous())
+
+
+def _descended(tried: list[tuple[_Work, Tensor]], hessian: Hessian, options: ClosedFormOptions) -> list[_Found]:
+    """Each work with what its weights [rows, columns] should be near to, solved."""
     works, wanted = [work for work, _ in tried], torch.cat([wanted for _, wanted in tried])
     scheme, order = works[0].scheme, hessian.order
     back, rows = order.argsort(), [len(work.weight) for work in works]
@@ -209,4 +240,5 @@ def _descended(tried: list[tuple[_Work, Tensor]], hessian: Hessian, options: Clo
         works = [work.stretched(own) for work, own in zip(works, kept.split(rows, dim=1), strict=True)]
         lattice = lattice.mixed(other, better)
         found, lost = torch.where(better, moved, found), torch.minimum(now, lost)
-    return list(zip(works, found[back].T.contiguous().split(rows), strict=True))
+    parts = found[back].T.contiguous().split(rows)
+    return [_Found(work, own, part) for work, (_, own), part in zip(works, tried, parts, strict=True)]

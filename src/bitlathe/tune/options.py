@@ -41,7 +41,8 @@ class ClosedFormOptions(BaseModel):
     """Options of `closed-form`.
 
     passes: of coordinate descent after the errors were fed back. refits: of the scales, each with a pass of its own. held_out:
-    how many sequences judge and are not learned from.
+    how many sequences judge and are not learned from. gradients: how many sequences tell, by gradients, which errors of a
+    linear's output matter; `best` alone asks.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,10 +50,11 @@ class ClosedFormOptions(BaseModel):
     passes: int = Field(default=2, ge=0)
     refits: int = Field(default=2, ge=0)
     held_out: int = Field(default=8, ge=0)
+    gradients: int = Field(default=32, ge=0)
 
 
-# Of closed-form: round to nearest on searched ranges; or all of it.
-Effort = Literal["fast", "normal"]
+# Of closed-form: round to nearest on searched ranges; all that needs no gradient; or what gradients can tell besides.
+Effort = Literal["fast", "normal", "best"]
 
 
 class TuneOptions(BaseModel):

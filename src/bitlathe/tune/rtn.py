@@ -23,6 +23,8 @@ class Rtn:
     "importance matrix" of llama.cpp); otherwise the range is the weights' own and no text is needed.
     """
 
+    gradients = 0
+
     def __init__(self, *, searched: bool, batch_size: int) -> None:
         self.searched, self.batch_size = searched, batch_size
         self.streams = 1 if searched else 0

@@ -1,0 +1,120 @@
+"""Closed-form rounding that knows which errors of a linear's output matter.
+
+An error E [inputs, outputs] of a linear's weights costs sum(E * (H E)) of its output's squares. What it costs the model's
+predictions is sum(E * (H E G)), with G = E[g g^T] of the gradients g by the linear's output: the Kronecker factor of the Fisher
+information on the side of the outputs (K-FAC, Martens and Grosse, arXiv:1503.05671; for rounding, YAQA, Tseng et al.,
+arXiv:2505.22988). H alone leaves rows apart; with G, errors of some rows are made up for by others.
+
+Rows are taken in slices, the dearest first. A slice is solved by the functions of `solve`; then its error is fed into the rows
+that are still to come, through G as GPTQ feeds that of a column through H. At the end each slice is solved again with all others
+as they are. Linears that read the same are solved in the same steps: a slice has rows of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitlathe.numerics.lattice import Lattice, side_by_side
+from bitlathe.numerics.solve import Hessian, descend, feed_back
+
+# Rows of a slice hear nothing of each other. More slices lose less, and cost a pass over the columns each.
+_SLICES = 16
+
+
+@dataclass
+class _Side:
+    """One linear, its rows in the order of its G. left: what is still to come near to; found: what it is by now."""
+
+    wanted: Tensor
+    left: Tensor
+    found: Tensor
+    lattice: Lattice
+    outputs: Hessian
+
+    def slice(self, number: int) -> slice:
+        """The rows of a slice; none, where there are fewer rows than slices."""
+        rows = self.wanted.shape[1]
+        return slice(number * rows // _SLICES, (number + 1) * rows // _SLICES)
+
+    def feed(self, rows: slice) -> None:
+        """Have the error of a slice made up for by the rows that are still to come."""
+        error = self.left[:, rows] - self.found[:, rows]
+        factor = self.outputs.factor
+        error = torch.linalg.solve_triangular(factor[rows, rows], error, upper=True, left=False)
+        self.left[:, rows.stop :] -= error @ factor[rows, rows.stop :]
+
+    def aim(self, rows: slice) -> Tensor:
+        """What a slice would best be with all others as they are."""
+        g, error = self.outputs.h, self.wanted - self.found
+        pull = error @ g[:, rows] - error[:, rows] @ g[rows, rows]
+        return self.wanted[:, rows] + torch.linalg.solve(g[rows, rows], pull, left=False)
+
+    def lost(self, moments: Hessian) -> float:
+        """What its errors cost by now."""
+        error = self.wanted - self.found
+        return (moments.h @ error @ self.outputs.h).mul_(error).sum(dtype=torch.float64).item()
+
+
+def two_sided(
+    wanted: Sequence[Tensor],
+    found: Sequence[Tensor],
+    lattices: Sequence[Lattice],
+    moments: Hessian,
+    outputs: Sequence[Hessian],
+    *,
+    passes: int,
+) -> list[Tensor]:
+    """Numbers of the lattices [columns, rows] near to `wanted` that lose least of the predictions; none more than `found` does.
+
+    One of each for every linear that reads the same, with columns in the moments' order and rows as they come. outputs: G, as
+    `prepared` gives it. passes: of coordinate descent, for each slice alone and then with all others.
+    """
+    orders = [metric.order for metric in outputs]
+    sides = [
+        _Side(aim[:, order], aim[:, order], near[:, order], lattice.part(order), metric)
+        for aim, near, lattice, metric, order in zip(wanted, found, lattices, outputs, orders, strict=True)
+    ]
+    best = [(side.lost(moments), side.found) for side in sides]
+    for _ in _rounds(sides, moments, passes):
+        now = [(side.lost(moments), side.found) for side in sides]
+        best = [min(pair, key=lambda one: one[0]) for pair in zip(best, now, strict=True)]
+    return [kept[:, order.argsort()] for (_, kept), order in zip(best, orders, strict=True)]
+
+
+def _rounds(sides: list[_Side], moments: Hessian, passes: int) -> Iterator[None]:
+    """Go over all slices and come back, so that `found` is what it has become."""
+    for side in sides:
+        side.found = torch.empty_like(side.wanted)
+    for number in range(_SLICES):
+        rows = [side.slice(number) for side in sides]
+        own = [side.left[:, place] for side, place in zip(sides, rows, strict=True)]
+        lattice, aim = _beside(sides, rows), torch.cat(own, dim=1)
+        landed = feed_back(aim, lattice, moments)
+        for _ in range(passes):
+            landed = descend(aim, landed, lattice, moments)
+        _put(sides, rows, landed)
+        for side, place in zip(sides, rows, strict=True):
+            side.feed(place)
+    yield
+    for _ in range(passes):
+        for side in sides:
+            side.found = side.found.clone()
+        for number in range(_SLICES):
+            rows = [side.slice(number) for side in sides]
+            aim = torch.cat([side.aim(place) for side, place in zip(sides, rows, strict=True)], dim=1)
+            now = torch.cat([side.found[:, place] for side, place in zip(sides, rows, strict=True)], dim=1)
+            _put(sides, rows, descend(aim, now, _beside(sides, rows), moments))
+        yield
+
+
+def _beside(sides: list[_Side], rows: list[slice]) -> Lattice:
+    return side_by_side([side.lattice.part(place) for side, place in zip(sides, rows, strict=True)])
+
+
+def _put(sides: list[_Side], rows: list[slice], landed: Tensor) -> None:
+    for side, place, own in zip(sides, rows, landed.split([place.stop - place.start for place in rows], dim=1), strict=True):
+        side.found[:, place] = own
