@@ -22,7 +22,7 @@ from bitlathe.numerics.lattice import Lattice, side_by_side
 from bitlathe.numerics.solve import Hessian, descend, feed_back
 
 # Rows of a slice hear nothing of each other. More slices lose less, and cost a pass over the columns each.
-_SLICES = 16
+_SLICES = 8
 
 
 @dataclass

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bitlathe.model.block import Block
 from bitlathe.model.moments import counting
@@ -19,23 +20,25 @@ _FEW = 256
 
 @dataclass
 class Gram:
-    """Of one input x and the original's x_f, over the tokens that count (see `counting`). h: sum of x x^T; drift: sum of
-    (x_f - x) x^T; both [inputs, inputs], float32. drift is None where the two do not go by the same tokens, as those of an
-    expert do not. onto: sum of (r_f - r) x^T [outputs, inputs], r what the output is added to; None where it is not added as it
-    is. tokens: how many."""
+    """Of one input x and the original's x_f, over the tokens that count (see `counting`).
+
+    h: sum of x x^T [inputs, inputs], float32, as are the others. paired: whether the original always went by the same tokens, as
+    that of an expert does not; then one of two is known. drift: sum of (x_f - x) x^T [inputs, inputs], for linears that read the
+    same. lack: sum of (r_f + W x_f - r - W x) x^T [outputs, inputs], for one whose output is added as it is, to r. tokens: how
+    many.
+    """
 
     h: Tensor
-    drift: Tensor | None
-    onto: Tensor | None
-    tokens: int
+    drift: Tensor | None = None
+    lack: Tensor | None = None
+    paired: bool = True
+    tokens: int = 0
 
     def missing(self, weight: Tensor) -> Tensor | None:
         """What the output of a linear [outputs, inputs] lacks, and what it is added to, as far as x tells: the mean of
-        (r_f + W x_f - r - W x) x^T; None where that is not known."""
-        if self.drift is None:
-            return None
-        lost = weight @ self.drift
-        return (lost if self.onto is None else lost + self.onto) / self.tokens
+        (r_f + W x_f - r - W x) x^T, r none for one that is not added as it is; None where that is not known."""
+        lost = self.lack if self.drift is None else weight @ self.drift
+        return lost / self.tokens if lost is not None and self.paired else None
 
 
 class _Enough(Exception):
@@ -82,31 +85,31 @@ def grams_of(step: Step, names: Iterable[str], *, batches: Iterable[slice]) -> d
             if paired is None or not own.x.shape[:-1] == paired.x.shape[:-1] == states.shape[:-1]:
                 paired = None
             if name not in grams:
-                grams[name] = _nothing(own)
-            _add(grams[name], own, paired)
+                inputs = own.x.shape[-1]
+                grams[name] = Gram(own.x.new_zeros(inputs, inputs, dtype=torch.float32))
+            _add(grams[name], own, paired, original.linear(name).weight)
     return grams
 
 
-def _nothing(like: _Read) -> Gram:
-    inputs = like.x.shape[-1]
-    h = like.x.new_zeros(inputs, inputs, dtype=torch.float32)
-    onto = None if like.onto is None else h.new_zeros(like.onto.shape[-1], inputs)
-    return Gram(h, torch.zeros_like(h), onto, 0)
-
-
-def _add(gram: Gram, own: _Read, paired: _Read | None) -> None:
+def _add(gram: Gram, own: _Read, paired: _Read | None, weight: Tensor) -> None:
     """Take in what a linear reads, and the original's beside it."""
     counts = counting(own.x) if paired is None else counting(own.x, paired.x)
     x = own.x[counts].float()
     gram.tokens += len(x)
     gram.h.addmm_(x.T, x)
-    if paired is None:
-        gram.drift = gram.onto = None
+    gram.paired = gram.paired and paired is not None
+    if paired is None or not gram.paired:
         return
-    if gram.drift is not None:
-        gram.drift.addmm_((paired.x[counts].float() - x).T, x)
-    if gram.onto is not None and own.onto is not None and paired.onto is not None:
-        gram.onto.addmm_((paired.onto[counts].float() - own.onto[counts].float()).T, x)
+    drift = paired.x[counts].float() - x
+    if own.onto is None or paired.onto is None:
+        gram.drift = _with(gram.drift, drift, x)
+    else:
+        lack = F.linear(drift, weight.float()).add_(paired.onto[counts].float()).sub_(own.onto[counts].float())
+        gram.lack = _with(gram.lack, lack, x)
+
+
+def _with(total: Tensor | None, error: Tensor, x: Tensor) -> Tensor:
+    return error.T @ x if total is None else total.addmm_(error.T, x)
 
 
 def blended(grams: Mapping[str, Gram]) -> dict[str, Gram]:
@@ -116,5 +119,5 @@ def blended(grams: Mapping[str, Gram]) -> dict[str, Gram]:
     if len(reached) < 2 or not few:
         return reached
     mean = torch.stack([gram.h for gram in reached.values()]).sum(0) / sum(gram.tokens for gram in reached.values())
-    filled = {name: Gram(gram.h + mean * (_FEW - gram.tokens), None, None, _FEW) for name, gram in few.items()}
+    filled = {name: Gram(gram.h + mean * (_FEW - gram.tokens), paired=False, tokens=_FEW) for name, gram in few.items()}
     return reached | filled
