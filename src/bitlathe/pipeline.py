@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from bitlathe.formats.base import Format, QuantLayer
 from bitlathe.io.writer import Writer
 from bitlathe.model.block import Block
 from bitlathe.model.edit import coded
+from bitlathe.model.hidden import Budget
 from bitlathe.model.static import static_scales
 from bitlathe.model.walk import Start, Step, walk
 from bitlathe.plan import KEEP, Plan
@@ -24,16 +26,17 @@ from bitlathe.plan_file import fields_of, read_plan, refuse_both
 from bitlathe.prepare import CODES, Prepared, prepare
 from bitlathe.recipe import Recipe, merge
 from bitlathe.registry import resolve as named
-from bitlathe.report import BlockReport, Listener, Note, peak_memory
+from bitlathe.report import BlockReport, Listener, Note, Searching, peak_memory
 from bitlathe.report import Step as Progress
 from bitlathe.result import finish, plan_of_finished
 from bitlathe.searching import mix, record_of
 from bitlathe.starting import best_signs, refuse_infinite, start_on
 from bitlathe.tune.base import Tuned
+from bitlathe.tune.end_to_end import Quantized, changed, end_to_end, rescaled
 from bitlathe.tune.rtn import Rtn
 
-# What the run notes of the draw that it keeps, and of the search.
-_SIGNS, _MIX = "signs", "mix"
+# What the run notes of the draw that it keeps, of the search, and of scales that were tuned at the end.
+_SIGNS, _MIX, _SCALES = "signs", "mix", "scales"
 
 
 def quantize(
@@ -88,6 +91,7 @@ def run(recipe: Recipe, *, restart: bool, listen: Listener, given: Plan | None =
         try:
             ready = _with_mix(_with_signs(ready, writer, listen), writer, listen)
             _every_turn(ready, writer, listen, began=began)
+            ready = _end_to_end(ready, writer, listen)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error} ({len(writer.done)} of {depth + 1} parts of the result are finished and safe: the same command "
@@ -131,6 +135,49 @@ def _every_turn(ready: Prepared, writer: Writer, listen: Listener, *, began: flo
         listen(_turn(ready, writer, step, listen, began=began))
     tail = start.streams[0] if start.streams else None
     listen(_turn(ready, writer, Step(ready.skeleton.head(ready.weights), tail, None), listen, began=began))
+
+
+def _end_to_end(ready: Prepared, writer: Writer, listen: Listener) -> Prepared:
+    """Tune the scales of what has been written on the whole model, where the tuner asks for it, and write them again.
+
+    What they become is noted first: a run that is killed while it writes writes the same again.
+    """
+    if not ready.tuner.end_to_end or ready.tokens is None:
+        return ready
+    if _SCALES not in writer.decided:
+        scales, told = _tuned_scales(ready, writer, ready.tokens, listen)
+        writer.keep(_SCALES, scales)
+        writer.decide(_SCALES, told)
+    scales, told = writer.kept(_SCALES), writer.decided[_SCALES]
+    listen(Note(told))
+    for step in walk(ready.skeleton, ready.weights, Start([], ()), batch_size=ready.recipe.batch_size) if scales else ():
+        layers = rescaled(_stored_layers(ready, writer, step.block), scales)
+        kept = _kept_tensors(ready, step.block, layers)
+        writer.put(step.block.index, _streams(ready, kept, layers), writer.done[step.block.index])
+    return replace(ready, notes=(*ready.notes, told))
+
+
+def _tuned_scales(ready: Prepared, writer: Writer, tokens: Tensor, listen: Listener) -> tuple[dict[str, Tensor], str]:
+    """Linear -> its scales as a file holds them; and what to say of them."""
+    recipe = ready.recipe
+    budget = Budget(recipe.memory.activations, writer.work)
+    layers_of = partial(_stored_layers, ready, writer)
+    model = Quantized(ready.skeleton, ready.weights, ready.plan, layers_of, budget, recipe.batch_size)
+    multiples, before, after = end_to_end(
+        model,
+        tokens,
+        steps=ready.tuner.end_to_end,
+        held=recipe.closed_form.held_out,
+        seed=recipe.seed,
+        listen=lambda done, of: listen(Searching("scales", done, of)),
+    )
+    if not multiples:
+        return {}, "end to end, no change of the scales is better on text that nothing was learned from: they stay"
+    told = f"end to end, on text that nothing was learned from, the scales bring the KL divergence from {before:.4g} to {after:.4g}"
+    scales: dict[str, Tensor] = {}
+    for step in walk(ready.skeleton, ready.weights, Start([], ()), batch_size=recipe.batch_size):
+        scales |= changed(layers_of(step.block), multiples)
+    return {name: scale.cpu() for name, scale in scales.items()}, told
 
 
 def _start(ready: Prepared, writer: Writer) -> Start:
@@ -177,10 +224,15 @@ def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener, *, bega
     )
     writer.put(
         block.index,
-        {stream: kept | encoded(named(stream, FORMATS, "format")(), written, ready.plan) for stream in ready.streams},
+        _streams(ready, kept, written),
         report.model_dump(),
     )
     return report
+
+
+def _streams(ready: Prepared, kept: Mapping[str, Tensor], layers: Mapping[str, QuantLayer]) -> dict[str, dict[str, Tensor]]:
+    """What goes into a shard of every format that is written."""
+    return {stream: {**kept, **encoded(named(stream, FORMATS, "format")(), layers, ready.plan)} for stream in ready.streams}
 
 
 def _tune(ready: Prepared, step: Step, schemes: Mapping[str, Any], listen: Listener) -> Tuned:

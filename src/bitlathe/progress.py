@@ -11,8 +11,13 @@ from bitlathe.io.sizes import human
 from bitlathe.report import BlockReport, Event, Listener, Note, Searching, Step
 from bitlathe.tables import duration
 
-# What a search is doing, in words.
-_SEARCHES: dict[str, str] = {"forward": "search: forward", "score": "search: scores", "measure": "search: measuring"}
+# What goes through the whole model, in words, and what of it is counted.
+_SEARCHES: dict[str, tuple[str, str]] = {
+    "forward": ("search: forward", "blocks"),
+    "score": ("search: scores", "blocks"),
+    "measure": ("search: measuring", "blocks"),
+    "scales": ("scales, end to end", "steps"),
+}
 
 
 class Display:
@@ -42,7 +47,8 @@ class Display:
             case Step(block, blocks, step, steps, loss):
                 self._show(f"block {block + 1}/{blocks}", step, steps, f"steps, loss {loss:.3g}")
             case Searching(what, done, of):
-                self._show(_SEARCHES[what], done, of, "blocks")
+                words, counted = _SEARCHES[what]
+                self._show(words, done, of, counted)
                 if done == of:
                     self._clear()
             case BlockReport():

@@ -4,6 +4,7 @@
     OUT/.bitlathe/lock             held by the run that writes here; the system frees it when the process dies
     OUT/.bitlathe/fingerprint      what this run is: a run of another recipe, model, text or version must not continue it
     OUT/.bitlathe/decided.json     what the run chose for itself and must not choose anew when it is continued
+    OUT/.bitlathe/NAME.safetensors tensors that it found out and keeps until it ends
     OUT/.bitlathe/journal.jsonl    one line for each finished shard, appended after the shard's files are safe on disk
     OUT/.bitlathe/STREAM/          the finished shards of one output, such as a format
     OUT/.bitlathe/finish.json      written when all shards are done: which stream goes where, and the names of its files
@@ -150,13 +151,18 @@ class Writer:
         with self._disk():
             self._write(self._state / "decided.json", _json(self.decided))
 
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Make tensors that the run has found out safe on disk until it ends; `kept` gives them back."""
+        with self._disk(), write_aside(self._state / f"{name}.safetensors") as aside:
+            save(aside, tensors)
+
+    def kept(self, name: str) -> dict[str, Tensor]:
+        """What `keep` was given, by this run or by the one that it continues."""
+        return _loaded(self._state / f"{name}.safetensors")
+
     def read(self, stream: str, index: int) -> dict[str, Tensor]:
         """The tensors of a finished shard."""
-        file = self._file(stream, index)
-        try:
-            return load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"{file} was written by this run but cannot be read ({error}); use --restart") from error
+        return _loaded(self._file(stream, index))
 
     def header(self, stream: str) -> dict[str, TensorInfo]:
         """Every tensor of a stream's finished shards, without its data."""
@@ -373,6 +379,13 @@ class Writer:
                 f"{what}. {len(self.done)} of {self.shards} shards are finished and safe. {way} and give the same command "
                 f"again: it continues from there"
             ) from error
+
+
+def _loaded(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{file} was written by this run but cannot be read ({error}); use --restart") from error
 
 
 def save(path: Path, tensors: Mapping[str, Tensor]) -> None:

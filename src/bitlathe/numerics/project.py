@@ -14,7 +14,7 @@ float32. Inside, a matrix is cut into blocks: see `scales`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from bitlathe.numerics.scales import (
 )
 from bitlathe.numerics.scheme import GRIDS, Scheme
 
-__all__ = ["Learned", "QuantTensor", "dequantize", "fake_quantize", "quantize", "search"]
+__all__ = ["Learned", "QuantTensor", "dequantize", "fake_quantize", "movable", "quantize", "search", "stretched"]
 
 # Multiples of a range that are searched, by bits: where a few large values are best cut off, and how far beyond the range
 # grids still gain (measured on Gaussians and on Student's t with 5 degrees of freedom, at groups of 32 to whole rows).
@@ -233,6 +233,25 @@ def dequantize(q: QuantTensor, dtype: torch.dtype) -> Tensor:
     if q.minimum is not None:
         blocks = blocks - spread(dequantize(q.minimum, torch.float32))
     return join(_cast(blocks, q.scheme, dtype), q.shape)
+
+
+def movable(scheme: Scheme) -> bool:
+    """Whether each scale of a scheme can become a little larger or smaller on its own, and all that it stands for with it."""
+    alone = scheme.minimum is None and scheme.block != (0, 0)
+    return alone and scheme.scale is not None and GRIDS[scheme.scale.grid].kind == "float"
+
+
+def stretched(q: QuantTensor, multiples: Tensor) -> QuantTensor:
+    """The same codes, each scale of a `movable` scheme so many times as large, on the grid that it is stored on.
+
+    multiples: positive, [block rows, block columns].
+    """
+    assert q.scale is not None
+    grid = GRIDS[q.scale.scheme.grid]
+    own = decode(q.scale.codes, grid)
+    moved = snap(own * multiples, grid)
+    # What rounds to zero stays as it was.
+    return replace(q, scale=replace(q.scale, codes=encode(torch.where(moved == 0, own, moved), grid)))
 
 
 @dataclass(frozen=True)

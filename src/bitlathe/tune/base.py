@@ -36,10 +36,12 @@ class Tuned:
 
 class Tuner(Protocol):
     """An algorithm that rounds a block. streams: how many streams of hidden states it wants (see `walk`): 0 to 3. gradients: of
-    how many sequences it wants the gradient of the original's likelihood by what a block makes (`Step.gradient`)."""
+    how many sequences it wants the gradient of the original's likelihood by what a block makes (`Step.gradient`).
+    end_to_end: steps in which scales are tuned on the whole model when all blocks are done (see `end_to_end`)."""
 
     streams: int
     gradients: int
+    end_to_end: int
 
     def tune(self, step: Step, schemes: Mapping[str, Scheme], listen: Listen) -> Tuned:
         """Round the linears in `schemes` (full names) of `step.block`. The block may be left in any state."""

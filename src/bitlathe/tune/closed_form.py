@@ -85,16 +85,17 @@ class ClosedForm:
 
     streams = 3
 
-    def __init__(self, *, batch_size: int, options: ClosedFormOptions, gradients: int = 0) -> None:
-        self.batch_size, self.options, self.gradients = batch_size, options, gradients
+    def __init__(self, *, batch_size: int, options: ClosedFormOptions, end_to_end: int = 0) -> None:
+        self.batch_size, self.options = batch_size, options
+        self.gradients, self.end_to_end = options.gradients, end_to_end
 
     @classmethod
     def of(cls, options: TuneOptions) -> ClosedForm | Rtn:
         """The tuner that a recipe's options ask for."""
         if options.effort == "fast":
             return Rtn(searched=True, batch_size=options.batch_size)
-        gradients = options.closed_form.gradients if options.effort == "best" else 0
-        return cls(batch_size=options.batch_size, options=options.closed_form, gradients=gradients)
+        steps = options.closed_form.end_to_end if options.effort == "best" else 0
+        return cls(batch_size=options.batch_size, options=options.closed_form, end_to_end=steps)
 
     @torch.no_grad()
     def tune(self, step: Step, schemes: Mapping[str, Scheme], listen: Listen) -> Tuned:

@@ -42,7 +42,7 @@ class ClosedFormOptions(BaseModel):
 
     passes: of coordinate descent after the errors were fed back. refits: of the scales, each with a pass of its own. held_out:
     how many sequences judge and are not learned from. gradients: how many sequences tell, by gradients, which errors of a
-    linear's output matter; `best` alone asks.
+    linear's output matter. end_to_end: steps of `best` in which the scales are tuned on what the whole model says.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,10 +50,11 @@ class ClosedFormOptions(BaseModel):
     passes: int = Field(default=2, ge=0)
     refits: int = Field(default=2, ge=0)
     held_out: int = Field(default=8, ge=0)
-    gradients: int = Field(default=32, ge=0)
+    gradients: int = Field(default=16, ge=0)
+    end_to_end: int = Field(default=64, ge=0)
 
 
-# Of closed-form: round to nearest on searched ranges; all that needs no gradient; or what gradients can tell besides.
+# Of closed-form: round to nearest on searched ranges; all of it; or, at the end, the whole model's scales tuned by descent too.
 Effort = Literal["fast", "normal", "best"]
 
 

@@ -23,7 +23,7 @@ class Rtn:
     "importance matrix" of llama.cpp); otherwise the range is the weights' own and no text is needed.
     """
 
-    gradients = 0
+    gradients = end_to_end = 0
 
     def __init__(self, *, searched: bool, batch_size: int) -> None:
         self.searched, self.batch_size = searched, batch_size

@@ -40,7 +40,7 @@ class SignRound:
     """Signed gradient descent on rounding offsets and ranges: `iters` steps of `batch_size` sequences for each block."""
 
     streams = 2
-    gradients = 0
+    gradients = end_to_end = 0
 
     def __init__(self, *, iters: int, batch_size: int, seed: int, options: SignRoundOptions) -> None:
         self.iters, self.batch_size, self.seed, self.options = iters, batch_size, seed, options
