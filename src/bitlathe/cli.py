@@ -153,7 +153,9 @@ def quantize(
     effort: Annotated[
         str | None,
         Option(
-            metavar="fast|normal", show_default=options.default("effort"), help="Of closed-form; fast: searched rounding alone."
+            metavar="fast|normal|best",
+            show_default=options.default("effort"),
+            help="Of closed-form. fast: searched rounding alone. best: scales tuned on the whole model at the end.",
         ),
     ] = None,
     iters: Annotated[

@@ -173,7 +173,7 @@ def _tuned_scales(ready: Prepared, writer: Writer, tokens: Tensor, listen: Liste
     )
     if not multiples:
         return {}, "end to end, no change of the scales is better on text that nothing was learned from: they stay"
-    told = f"end to end, on text that nothing was learned from, the scales bring the KL divergence from {before:.4g} to {after:.4g}"
+    told = f"end to end, tuned scales bring the KL divergence on held-out text from {before:.4g} to {after:.4g}"
     scales: dict[str, Tensor] = {}
     for step in walk(ready.skeleton, ready.weights, Start([], ()), batch_size=recipe.batch_size):
         scales |= changed(layers_of(step.block), multiples)

@@ -61,12 +61,12 @@ def test_later_stages_read_what_earlier_ones_make() -> None:
     first, last = step.block.stages[0][0], step.block.stages[-1][0][0]
     batches = [slice(0, SEQUENCES)]
     before = grams_of(step, [last], batches=batches)[last]
-    assert before.drift is not None and before.drift.abs().max() == 0
+    assert before.lack is not None and before.lack.abs().max() == 0
     tuner = ClosedForm(batch_size=4, options=ClosedFormOptions())
     schemes = {name: scheme for name, scheme in schemes_of(step, "W2A16G32").items() if name in first}
     step.block.freeze(tuner.tune(step, schemes, lambda *_: None).layers)
     after = grams_of(step, [last], batches=batches)[last]
-    assert after.drift is not None and after.drift.abs().max() > 0 and not torch.equal(after.h, before.h)
+    assert after.lack is not None and after.lack.abs().max() > 0 and not torch.equal(after.h, before.h)
     # The moments are those of what the linear reads.
     seen: list[Tensor] = []
     assert step.inputs is not None
@@ -91,14 +91,21 @@ def test_what_an_output_is_added_to_is_known() -> None:
     grams = grams_of(short, [o_proj, down_proj], batches=[everything])
     with torch.no_grad():
         x = read(short.block, states - lost, [o_proj])[o_proj].x.flatten(0, 1).float()
+        theirs = read(short.original[0], states, [o_proj])[o_proj].x.flatten(0, 1).float() if short.original else x
     gap = (states.float() - (states - lost).float()).flatten(0, 1)
-    gram = grams[o_proj]
-    assert gram.onto is not None and grams[down_proj].onto is not None and gram.tokens == len(x)
-    torch.testing.assert_close(gram.onto, gap.T @ x, rtol=1e-3, atol=1e-3)
-    weight = step.block.weight(o_proj).float()
+    gram, weight = grams[o_proj], step.block.weight(o_proj).float()
+    assert gram.lack is not None and grams[down_proj].lack is not None and gram.tokens == len(x)
+    expected = (gap + (theirs - x) @ weight.T).T @ x
+    torch.testing.assert_close(gram.lack, expected, rtol=1e-3, atol=1e-3)
     missing = gram.missing(weight)
-    assert missing is not None and gram.drift is not None
-    torch.testing.assert_close(missing, (weight @ gram.drift + gram.onto) / len(x))
+    assert missing is not None
+    torch.testing.assert_close(missing, expected / len(x), rtol=1e-3, atol=1e-3)
+    # Of those that are added to nothing, what they lack follows from what they read.
+    first = step.block.stages[0][0][0]
+    reads = grams_of(short, [first], batches=[everything])[first]
+    lacks = reads.missing(torch.eye(len(reads.h)))
+    assert reads.lack is None and reads.drift is not None and lacks is not None
+    torch.testing.assert_close(lacks, reads.drift / reads.tokens)
 
 
 def test_a_block_runs_no_further_than_it_must() -> None:
@@ -162,9 +169,9 @@ def test_what_is_solved_together_does_not_change_what_is_found(monkeypatch: pyte
 def test_experts_of_few_tokens_borrow_from_the_others() -> None:
     square = torch.eye(4)
     grams = {
-        "few": Gram(2 * square, None, None, 2),
-        "many": Gram(600 * square * 3, None, None, 600),
-        "none": Gram(square, None, None, 0),
+        "few": Gram(2 * square, tokens=2),
+        "many": Gram(600 * square * 3, tokens=600),
+        "none": Gram(square),
     }
     filled = blended(grams)
     assert set(filled) == {"few", "many"} and filled["many"] is grams["many"]

@@ -1,7 +1,7 @@
 """Gradients of the likelihood of what a model itself would say: labels are drawn from its own predictions.
 
-What they are on average over tokens, g g^T, is the model's Fisher information: the metric in which its predictions change (labels
-that are drawn, not those of the text: Kunstner et al., arXiv:1905.12558).
+What they are on average over tokens, g g^T, is the model's Fisher information: the metric in which its predictions change
+(labels that are drawn, not those of the text: Kunstner et al., arXiv:1905.12558).
 """
 
 from __future__ import annotations

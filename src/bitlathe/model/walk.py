@@ -33,10 +33,12 @@ class Start:
 
 @dataclass
 class Step:
-    """One block's turn. inputs: what it receives from the blocks before it, as they are after their turn; targets: what the
-    original block makes of the original stream; original: that block, and what it received; gradient: of a loss by what it
-    makes, for the last of the sequences. None of them on a walk without text, no targets on a walk of one stream, no original on
-    a walk of less than three, no gradient where the start has none.
+    """One block's turn.
+
+    inputs: what it receives from the blocks before it, as they are after their turn; none on a walk without text. targets: what
+    the original block makes of the original stream; none on a walk of one stream. original: that block, and what it received;
+    none on a walk of less than three. gradient: that of a loss by what the original makes, for the last of the sequences; none
+    where the start has none.
 
     Once the walk is asked for the next turn, this one no longer has its `block`."""
 

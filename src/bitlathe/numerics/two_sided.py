@@ -6,8 +6,8 @@ information on the side of the outputs (K-FAC, Martens and Grosse, arXiv:1503.05
 arXiv:2505.22988). H alone leaves rows apart; with G, errors of some rows are made up for by others.
 
 Rows are taken in slices, the dearest first. A slice is solved by the functions of `solve`; then its error is fed into the rows
-that are still to come, through G as GPTQ feeds that of a column through H. At the end each slice is solved again with all others
-as they are. Linears that read the same are solved in the same steps: a slice has rows of each.
+that are still to come, through G as GPTQ feeds that of a column through H. At the end each slice is solved again with all
+others as they are. Linears that read the same are solved in the same steps: a slice has rows of each.
 """
 
 from __future__ import annotations

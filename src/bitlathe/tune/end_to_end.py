@@ -1,10 +1,10 @@
 """Scales tuned on what the whole model says: every code stays, and every scale may become a little larger or smaller.
 
 What is made smaller is the KL divergence of the quantized model's predictions from the original's, by Adam on one multiple a
-scale (as EfficientQAT ends, Chen et al., arXiv:2407.11062, with the original's predictions in place of the text's). In each step
-a few sequences go forward and back through the blocks, at most two of which are in memory. The model that runs is the one that
-will be written: scales are rounded to the grid that they are stored on, straight through for the gradient. A few sequences are
-held out, and where nothing is won on them, nothing is changed.
+scale (as EfficientQAT ends, Chen et al., arXiv:2407.11062, with the original's predictions in place of the text's). In each
+step a few sequences go forward and back through the blocks, at most two of which are in memory. The model that runs is the one
+that will be written: scales are rounded to the grid that they are stored on, straight through for the gradient. A few sequences
+are held out, and where nothing is won on them, nothing is changed.
 """
 
 from __future__ import annotations
@@ -118,8 +118,11 @@ def _draws(aside: int, sequences: int, size: int, seed: int) -> Iterator[Tensor]
 
 @dataclass
 class _Run:
-    """What stays the same from step to step. first: hidden states before the first block; wanted: the original's after the last;
-    heads: the original's and ours; received: room for what each block receives. multiples: of the linears seen so far."""
+    """What stays the same from step to step.
+
+    first: hidden states before the first block. wanted: the original's after the last. heads: the original's and ours.
+    received: room for what each block receives. multiples: of the linears seen so far.
+    """
 
     model: Quantized
     calls: list[dict[str, Any]]

@@ -22,10 +22,10 @@ _FEW = 256
 class Gram:
     """Of one input x and the original's x_f, over the tokens that count (see `counting`).
 
-    h: sum of x x^T [inputs, inputs], float32, as are the others. paired: whether the original always went by the same tokens, as
-    that of an expert does not; then one of two is known. drift: sum of (x_f - x) x^T [inputs, inputs], for linears that read the
-    same. lack: sum of (r_f + W x_f - r - W x) x^T [outputs, inputs], for one whose output is added as it is, to r. tokens: how
-    many.
+    h: sum of x x^T [inputs, inputs], float32, as are the others. paired: whether the original always went by the same tokens,
+    as that of an expert does not; then one of two is known. drift: sum of (x_f - x) x^T [inputs, inputs], for linears that read
+    the same. lack: sum of (r_f + W x_f - r - W x) x^T [outputs, inputs], for one whose output is added as it is, to r. tokens:
+    how many.
     """
 
     h: Tensor
