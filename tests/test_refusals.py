@@ -281,7 +281,7 @@ def test_a_hub_that_cannot_be_reached(model: Path, monkeypatch: pytest.MonkeyPat
             return rows()
         raise failure
 
-    monkeypatch.setattr("bitlathe.model.calib.load_dataset", load_dataset)
+    monkeypatch.setattr("bitlathe.model.dataset_text.load_dataset", load_dataset)
     words = ["'NeelNanda/pile-10k'", "the Hub cannot be reached", "a text file of your own", "builtin"]
     refused(CalibrationError, model, words, calib=bitlathe.Recipe.model_fields["calib"].default)
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bitlathe.errors import CalibrationError
 from bitlathe.io.checkpoint import Checkpoint
+from bitlathe.model import calib as module
 from bitlathe.model.calib import characters_for, refuse_strange_tokens, text_of, tokenizer_of, windows_of
 from families import save_model, write_text
 
@@ -137,7 +138,7 @@ def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl", "./missing", "/missing", "~/missing", "a/b/c"])
 def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("bitlathe.model.calib.load_dataset", lambda *_, **__: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr("bitlathe.model.dataset_text.load_dataset", lambda *_, **__: pytest.fail("the Hub was asked"))
     with pytest.raises(CalibrationError, match=r"the evaluation text '.*' is not a file\. .*builtin"):
         text_of(name, "evaluation", characters=1)
 
@@ -157,7 +158,7 @@ class Hub:
         self.asked: dict[str, Any] = {}
         self.given = 0
         self._rows = rows
-        monkeypatch.setattr("bitlathe.model.calib.load_dataset", self.load)
+        monkeypatch.setattr("bitlathe.model.dataset_text.load_dataset", self.load)
 
     def load(self, name: str, **options: Any) -> Iterator[dict[str, Any]]:
         self.asked = {"name": name, **options}
@@ -205,7 +206,7 @@ def test_a_dataset_that_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch,
     def load(*_: Any, **__: Any) -> None:
         raise failure
 
-    monkeypatch.setattr("bitlathe.model.calib.load_dataset", load)
+    monkeypatch.setattr("bitlathe.model.dataset_text.load_dataset", load)
     with pytest.raises(CalibrationError, match=r"'org/name' .*cannot be used.* a text file of your own, or builtin") as found:
         text_of("org/name", "calibration", characters=10)
     assert str(failure).partition("\n")[0].rstrip(".") in str(found.value)
@@ -235,3 +236,31 @@ def test_a_tokenizer_that_is_damaged(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(CalibrationError, match=rf"the tokenizer in {tmp_path} cannot be loaded: "):
         tokenizer_of(tmp_path)
+
+
+@pytest.mark.parametrize("break_", ["\n", "\n\n", " "])
+def test_a_long_document_has_the_tokens_that_it_has_at_once(break_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizer_of(Checkpoint("builtin").path)
+    text = break_.join(f"Line {index}, of some words; {index * 7919 % 101} of them." for index in range(300))
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    asked: list[int] = []
+    monkeypatch.setattr(module, "_PIECE", 1000)
+    monkeypatch.setattr(
+        module, "_encoded", lambda known, piece, own=module._encoded: asked.append(len(piece)) or own(known, piece)
+    )
+    (found,) = windows_of(tokenizer, [text], seqlen=len(whole))
+    assert found.tolist() == whole
+    assert (max(asked) < 1500) == (break_ == "\n")
+
+
+def test_a_tokenizer_that_marks_beginnings_gets_a_document_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Marking:
+        """One token a character, and one for where a text begins."""
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [1, *map(ord, text)]}
+
+    monkeypatch.setattr(module, "_PIECE", 10)
+    text = "\n".join(["abc"] * 50)
+    (found,) = windows_of(Marking(), [text], seqlen=len(text) + 1)  # pyright: ignore[reportArgumentType]
+    assert found.tolist() == [1, *map(ord, text)]

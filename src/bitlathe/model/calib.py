@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
-from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # see io/checkpoint.py
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bitlathe.errors import CalibrationError
+from bitlathe.registry import load
 
 # Text the package brings along (public-domain English), by what it is for.
 BUILTIN: dict[str, str] = {"calibration": "calib.txt", "evaluation": "eval.txt"}
 
+# What reads data sets is large, and is imported when one is named.
+_DATASET = "bitlathe.model.dataset_text:dataset_text"
+
+# Characters of a document that are turned into tokens at a time, which takes hundreds of bytes a token; where a piece may end,
+# and how far around such a place tokens are compared.
+_PIECE, _END, _AROUND = 1 << 18, re.compile(r"(?<=\S)\n(?=\S)"), 200
+
 # A document is worth this many characters a token at the least; more of a dataset than that is not fetched.
 _CHARACTERS_A_TOKEN = 8
-
-_WAYS_OUT = "Two ways out: name a text file of your own, or builtin for the text that comes with the package"
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
@@ -61,7 +67,7 @@ def text_of(source: str, purpose: str, *, characters: int) -> list[str]:
         raise CalibrationError(
             f"the {purpose} text {source!r} is not a file. Name a text file, a dataset of the Hub, or builtin"
         )
-    return _dataset_text(source, purpose, characters)
+    return load(_DATASET)(source, purpose, characters)
 
 
 def windows_of(
@@ -72,8 +78,8 @@ def windows_of(
     count: at most so many; the first ones, or with a seed a random choice in a random order. Raises CalibrationError when
     the text is shorter than one window.
     """
-    tokens = [tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] for document in documents]
-    row = torch.tensor([token for document in tokens for token in document], dtype=torch.long)
+    rows = [_encoded(tokenizer, piece) for document in documents for piece in _pieces(tokenizer, document)]
+    row = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
     whole = len(row) // seqlen
     if whole == 0:
         raise CalibrationError(
@@ -85,6 +91,26 @@ def windows_of(
     return windows[:count].clone()
 
 
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, document: str) -> Iterator[str]:
+    """A document in pieces whose tokens, in a row, are its own; in one, where no line's end is such a place."""
+    start = 0
+    for end in _END.finditer(document, _PIECE):
+        at = end.end()
+        if at - start >= _PIECE:
+            before, after = document[max(at - _AROUND, start) : at], document[at : at + _AROUND]
+            apart = torch.cat([_encoded(tokenizer, before), _encoded(tokenizer, after)])
+            if torch.equal(apart, _encoded(tokenizer, before + after)):
+                yield document[start:at]
+                start = at
+            elif start == 0:
+                break  # a tokenizer that marks the beginning of a text does so everywhere
+    yield document[start:]
+
+
 def refuse_strange_tokens(tokens_NT: Tensor, vocabulary: int, folder: Path) -> None:
     """Raise CalibrationError for tokens beyond the `vocabulary` of the model in `folder`."""
     highest = int(tokens_NT.max())
@@ -93,39 +119,6 @@ def refuse_strange_tokens(tokens_NT: Tensor, vocabulary: int, folder: Path) -> N
             f"the tokenizer in {folder} makes the token {highest} of the text, and the model's vocabulary ends at "
             f"{vocabulary - 1}: it is another model's. Put the model's own tokenizer beside the weights"
         )
-
-
-def _dataset_text(name: str, purpose: str, characters: int) -> list[str]:
-    try:
-        rows = load_dataset(name, split="train", streaming=True)
-        documents, length = [], 0
-        for row in rows:
-            text = row["text"]
-            if not isinstance(text, str):
-                raise CalibrationError(
-                    f"the dataset {name!r} holds a {type(text).__name__} in its column 'text': name one of texts, or a file"
-                )
-            documents.append(text)
-            length += len(text)
-            if length >= characters:
-                break
-    except KeyError as error:
-        raise CalibrationError(
-            f"the dataset {name!r} has no column {error}: name one with a text column, or a text file"
-        ) from error
-    except (HTTPError, ConnectionError, TimeoutError) as error:
-        raise CalibrationError(
-            f"the {purpose} text {name!r} is not a local file, and the Hub cannot be reached for it ({type(error).__name__}). "
-            f"{_WAYS_OUT}"
-        ) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        # What it says beyond the first line is how to call a library that our users do not call.
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        raise CalibrationError(
-            f"the {purpose} text {name!r} is not a local file, and as a dataset of the Hub it cannot be used: it must be open "
-            f"to you and have texts in a split 'train' without naming a configuration ({reason}). {_WAYS_OUT}"
-        ) from error
-    return documents
 
 
 def characters_for(samples: int, seqlen: int) -> int:
