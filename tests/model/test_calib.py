@@ -243,11 +243,14 @@ def test_a_long_document_has_the_tokens_that_it_has_at_once(break_: str, monkeyp
     tokenizer = tokenizer_of(Checkpoint("builtin").path)
     text = break_.join(f"Line {index}, of some words; {index * 7919 % 101} of them." for index in range(300))
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-    asked: list[int] = []
+    asked, encoded = list[int](), module._encoded
+
+    def encode(known: PreTrainedTokenizerBase, piece: str) -> Tensor:
+        asked.append(len(piece))
+        return encoded(known, piece)
+
     monkeypatch.setattr(module, "_PIECE", 1000)
-    monkeypatch.setattr(
-        module, "_encoded", lambda known, piece, own=module._encoded: asked.append(len(piece)) or own(known, piece)
-    )
+    monkeypatch.setattr(module, "_encoded", encode)
     (found,) = windows_of(tokenizer, [text], seqlen=len(whole))
     assert found.tolist() == whole
     assert (max(asked) < 1500) == (break_ == "\n")
