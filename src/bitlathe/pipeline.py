@@ -130,7 +130,7 @@ def _with_mix(ready: Prepared, writer: Writer, listen: Listener) -> Prepared:
 
 
 def _every_turn(ready: Prepared, writer: Writer, listen: Listener, *, began: float) -> None:
-    start = _start(ready, writer)
+    start = _start(ready, writer, listen)
     for step in walk(ready.skeleton, ready.weights, start, batch_size=ready.recipe.batch_size):
         listen(_turn(ready, writer, step, listen, began=began))
     tail = start.streams[0] if start.streams else None
@@ -180,10 +180,11 @@ def _tuned_scales(ready: Prepared, writer: Writer, tokens: Tensor, listen: Liste
     return {name: scale.cpu() for name, scale in scales.items()}, told
 
 
-def _start(ready: Prepared, writer: Writer) -> Start:
+def _start(ready: Prepared, writer: Writer, listen: Listener) -> Start:
     if ready.tokens is None or not ready.text_streams:
         return Start([], ())
-    return start_on(ready, writer.work, ready.tokens, streams=ready.text_streams, gradients=ready.tuner.gradients)
+    gradients = ready.tuner.gradients
+    return start_on(ready, writer.work, ready.tokens, streams=ready.text_streams, gradients=gradients, listen=listen)
 
 
 def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener, *, began: float) -> BlockReport:

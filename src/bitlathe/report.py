@@ -82,8 +82,8 @@ class Note:
 
 @dataclass(frozen=True)
 class Searching:
-    """How far a search is: "forward", "score" or "measure", and how many blocks of that are done; or how far the "scales" are
-    that are tuned end to end, in steps."""
+    """How far a search is: "forward", "score" or "measure", and how many blocks of that are done; or whether the
+    "gradients" that a tuner asks for are there; or how far the "scales" are that are tuned end to end, in steps."""
 
     what: str
     done: int

@@ -16,14 +16,22 @@ from bitlathe.model.fisher import gradients_of
 from bitlathe.model.hidden import Budget
 from bitlathe.model.walk import Start, begin
 from bitlathe.prepare import Prepared
-from bitlathe.report import Listener, Note
+from bitlathe.report import Listener, Note, Searching
 from bitlathe.tune.signs import errors_of
 
 # Windows of the calibration text on which draws of random signs are compared.
 _DRAWN_ON = 8
 
 
-def start_on(ready: Prepared, folder: Path, tokens: Tensor, *, streams: int, gradients: int = 0) -> Start:
+def start_on(
+    ready: Prepared,
+    folder: Path,
+    tokens: Tensor,
+    *,
+    streams: int,
+    gradients: int = 0,
+    listen: Listener = lambda event: None,
+) -> Start:
     """The beginning of a walk over the windows `tokens`; hidden states that do not fit into memory go to `folder`.
 
     gradients: for how many of the windows, the last ones, the walk is to know those of the original's likelihood."""
@@ -32,8 +40,10 @@ def start_on(ready: Prepared, folder: Path, tokens: Tensor, *, streams: int, gra
     start = begin(ready.skeleton, ready.weights, tokens, budget, streams=streams)
     if not gradients:
         return start
+    listen(Searching("gradients", 0, 1))
     size, seed = ready.recipe.batch_size, ready.recipe.seed
     found = gradients_of(ready.skeleton, ready.weights, tokens[-gradients:], budget, batch_size=size, seed=seed)
+    listen(Searching("gradients", 1, 1))
     return replace(start, gradients=found)
 
 

@@ -1,10 +1,11 @@
-"""Closed-form tuning: weights rounded so that what a linear makes is nearly what it made, without a gradient.
+"""Closed-form tuning: weights rounded so that what a linear makes is nearly what it made, with no descent on their codes.
 
 A block is done in the order in which it runs: q, k and v together, then o, gate and up, down; each stage reads what the stages
 before it make once they are rounded. For a stage, the second moments of its input are gathered on the text, and the functions
 of `numerics.solve` do the rest: the range of each group is searched, errors are fed back column by column (GPTQ), codes are
 moved once more with all others as they are, and scales refitted to them. What is come near to are weights that also make up for
-what the input has lost by then, where sequences that nothing was learned from say that this helps.
+what the input has lost by then, where sequences that nothing was learned from say that this helps. Where gradients say which
+errors of an output cost the model's predictions most, its rows make up for each other (`numerics.two_sided`).
 
 At the end the block's own error is measured on those sequences; where it is more than that of searched rounding, that is what
 the block gets.
