@@ -77,7 +77,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         assert list(opened.work.iterdir()) == []
         put(opened, 0, 1, 2)
         assert opened.done == {0: {"loss": 0.0}, 1: {"loss": 0.5}, 2: {"loss": 1.0}}
-        assert torch.equal(opened.read("native", 1)["layers.1.weight"], tensors(1)["layers.1.weight"])
+        assert torch.equal(opened.read("native", 1)["layers.3.weight"], tensors(3)["layers.3.weight"])
         opened.finish({"native": (out, FILES | {"report.json": b'{"blocks": 3}'})})
         assert opened.finished
     assert sorted(content(out)) == [
@@ -513,3 +513,20 @@ def test_room_is_asked_for_before_anything_is_written(tmp_path: Path, monkeypatc
         require_room(out, 4 * 1024**3)
     assert asked == [tmp_path, tmp_path]
     assert not out.exists()
+
+
+def test_what_is_kept_lasts_until_the_run_ends(tmp_path: Path) -> None:
+    found = {"a.scale": torch.tensor([1.5, 2.0], dtype=torch.bfloat16)}
+    with writer(tmp_path / "out") as first:
+        put(first, 0)
+        first.keep("scales", found)
+    with writer(tmp_path / "out") as again:
+        assert torch.equal(again.kept("scales")["a.scale"], found["a.scale"])
+        # A shard that is written again is the later one.
+        again.put(0, {"native": tensors(3)}, {"loss": 9.0})
+        put(again, 1, 2)
+        again.finish({"native": (tmp_path / "out", FILES)})
+    with pytest.raises(OutputError, match="cannot be read"):
+        again.kept("scales")
+    assert again.done[0] == {"loss": 9.0}
+    assert torch.equal(load_file(tmp_path / "out" / NAMES[0])["layers.3.weight"], tensors(3)["layers.3.weight"])
