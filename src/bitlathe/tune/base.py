@@ -53,6 +53,15 @@ def held_out(sequences: int, most: int) -> int:
     return min(most, sequences // 4)
 
 
+def draws(held: int, sequences: int, size: int, *, seed: int) -> Iterator[Tensor]:
+    """Batches to learn from, without those held out: every sequence once in a random order, then again in another."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(size, sequences - held)
+    while True:
+        order = torch.randperm(sequences - held, generator=generator) + held
+        yield from (chunk for chunk in order.split(size) if len(chunk) == size)
+
+
 @torch.no_grad()
 def block_error(block: Block, inputs: Hidden, targets: Hidden, *, batches: list[slice]) -> float:
     """Mean squared error, in float32, of the block's output against the targets over the batches' tokens that count: those

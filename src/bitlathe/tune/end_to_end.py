@@ -26,7 +26,7 @@ from bitlathe.model.weights import Weights
 from bitlathe.numerics.project import dequantize, movable, stretched
 from bitlathe.numerics.scales import cut
 from bitlathe.plan import Plan
-from bitlathe.tune.base import held_out
+from bitlathe.tune.base import draws, held_out
 
 # The largest step of a multiple; it falls linearly to nothing, after a few steps in which Adam learns what is usual.
 _LR, _WARM_UP = 2e-3, 5
@@ -95,7 +95,7 @@ def end_to_end(
     if not run.multiples:
         return {}, before, before
     adam = torch.optim.Adam(list(run.multiples.values()), betas=_BETAS)
-    for step, rows in zip(range(steps), _draws(aside, len(tokens_NT), model.batch_size, seed), strict=False):
+    for step, rows in zip(range(steps), draws(aside, len(tokens_NT), model.batch_size, seed=seed), strict=False):
         for group in adam.param_groups:
             group["lr"] = _LR * (1 - step / steps) * min(1.0, (step + 1) / _WARM_UP)
         run.gradients(rows)
@@ -105,15 +105,6 @@ def end_to_end(
     after = run.divergence(judges)
     found = {name: multiple.detach() for name, multiple in run.multiples.items()}
     return (found if after < before else {}), before, after
-
-
-def _draws(aside: int, sequences: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Batches of those that are not held out: every one once in a random order, then again in another."""
-    generator = torch.Generator().manual_seed(seed)
-    size = min(size, sequences - aside)
-    while True:
-        order = torch.randperm(sequences - aside, generator=generator) + aside
-        yield from (rows for rows in order.split(size) if len(rows) == size)
 
 
 @dataclass

@@ -12,7 +12,7 @@ are large, and lets it become up to twice as wide.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -26,7 +26,7 @@ from bitlathe.model.moments import counting, moments_of
 from bitlathe.model.walk import Step
 from bitlathe.numerics.project import Learned, quantize, search
 from bitlathe.numerics.scheme import Scheme
-from bitlathe.tune.base import Listen, Tuned, block_error, held_out
+from bitlathe.tune.base import Listen, Tuned, block_error, draws, held_out
 from bitlathe.tune.options import SignRoundOptions, TuneOptions
 
 # Only the sign of a gradient is used. The factor of a mean, one over millions, would put it below what fp16 holds; with none,
@@ -92,7 +92,8 @@ class SignRound:
         the parameters that were reached, which those of an expert are only by tokens that chose it."""
         aside = held_out(len(inputs), self.options.held_out)
         # Where too little is left to hold anything out, the first sequence serves for both.
-        held, draws = inputs.batches(self.batch_size, first=max(aside, 1)), self._draws(aside, len(inputs), block.index)
+        held = inputs.batches(self.batch_size, first=max(aside, 1))
+        batches = draws(aside, len(inputs), self.batch_size, seed=self.seed * 1_000_003 + block.index)
         bounded = [row for linear in tuned for row in linear.bounded()]
         parameters = [parameter for parameter, _, _ in bounded]
         forward = torch.compile(block) if self.options.compile else block
@@ -101,7 +102,7 @@ class SignRound:
         state = [parameter.detach().clone() for parameter in parameters]
         reached: set[Tensor] = set()
         for iteration in range(self.iters):
-            batch = next(draws)
+            batch = next(batches)
             x = inputs[batch]
             output = forward(x)
             gradients = torch.autograd.grad(output, parameters, _gradient(x, output, targets[batch]), allow_unused=True)
@@ -115,14 +116,6 @@ class SignRound:
         for parameter, kept in zip(parameters, state, strict=True):
             parameter.data.copy_(kept)
         return before, best, reached
-
-    def _draws(self, held: int, sequences: int, block: int) -> Iterator[Tensor]:
-        """Batches to learn from, without those held out: every sequence once in a random order, then again in another."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
-        size = min(self.batch_size, sequences - held)
-        while True:
-            order = torch.randperm(sequences - held, generator=generator) + held
-            yield from (chunk for chunk in order.split(size) if len(chunk) == size)
 
 
 def start_of(weight: Tensor, scheme: Scheme) -> Learned:
