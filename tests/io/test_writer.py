@@ -77,7 +77,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         assert list(opened.work.iterdir()) == []
         put(opened, 0, 1, 2)
         assert opened.done == {0: {"loss": 0.0}, 1: {"loss": 0.5}, 2: {"loss": 1.0}}
-        assert torch.equal(opened.read("native", 1)["layers.3.weight"], tensors(3)["layers.3.weight"])
+        assert torch.equal(opened.read("native", 1)["layers.1.weight"], tensors(1)["layers.1.weight"])
         opened.finish({"native": (out, FILES | {"report.json": b'{"blocks": 3}'})})
         assert opened.finished
     assert sorted(content(out)) == [
