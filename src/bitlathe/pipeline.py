@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -150,10 +149,9 @@ def _end_to_end(ready: Prepared, writer: Writer, listen: Listener) -> Prepared:
         writer.decide(_SCALES, told)
     scales, told = writer.kept(_SCALES), writer.decided[_SCALES]
     listen(Note(told))
-    for step in walk(ready.skeleton, ready.weights, Start([], ()), batch_size=ready.recipe.batch_size) if scales else ():
-        layers = rescaled(_stored_layers(ready, writer, step.block), scales)
-        kept = _kept_tensors(ready, step.block, layers)
-        writer.put(step.block.index, _streams(ready, kept, layers), writer.done[step.block.index])
+    for index in range(ready.skeleton.depth) if scales else ():
+        layers = rescaled(_layers_of_block(ready, writer, index), scales)
+        writer.put(index, _streams(ready, _kept_tensors(ready, index, layers), layers), writer.done[index])
     return replace(ready, notes=(*ready.notes, told))
 
 
@@ -161,7 +159,10 @@ def _tuned_scales(ready: Prepared, writer: Writer, tokens: Tensor, listen: Liste
     """Linear -> its scales as a file holds them; and what to say of them."""
     recipe = ready.recipe
     budget = Budget(recipe.memory.activations, writer.work)
-    layers_of = partial(_stored_layers, ready, writer)
+
+    def layers_of(block: Block) -> dict[str, QuantLayer]:
+        return _stored_layers(ready, writer, block.index, block.linears)
+
     model = Quantized(ready.skeleton, ready.weights, ready.plan, layers_of, budget, recipe.batch_size)
     multiples, before, after = end_to_end(
         model,
@@ -175,15 +176,16 @@ def _tuned_scales(ready: Prepared, writer: Writer, tokens: Tensor, listen: Liste
         return {}, "end to end, no change of the scales is better on text that nothing was learned from: they stay"
     told = f"end to end, tuned scales bring the KL divergence on held-out text from {before:.4g} to {after:.4g}"
     scales: dict[str, Tensor] = {}
-    for step in walk(ready.skeleton, ready.weights, Start([], ()), batch_size=recipe.batch_size):
-        scales |= changed(layers_of(step.block), multiples)
+    for index in range(ready.skeleton.depth):
+        scales |= changed(_layers_of_block(ready, writer, index), multiples)
     return {name: scale.cpu() for name, scale in scales.items()}, told
 
 
 def _start(ready: Prepared, writer: Writer, listen: Listener) -> Start:
     if ready.tokens is None or not ready.text_streams:
         return Start([], ())
-    gradients = ready.tuner.gradients
+    # What was tuned before an interruption is not tuned again, and asks for none.
+    gradients = ready.tuner.gradients if len(writer.done) < ready.skeleton.depth else 0
     return start_on(ready, writer.work, ready.tokens, streams=ready.text_streams, gradients=gradients, listen=listen)
 
 
@@ -191,13 +193,13 @@ def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener, *, bega
     """One block's turn: its codes from the journal or from the tuner, into the block and onto the disk."""
     block, depth = step.block, ready.skeleton.depth
     if block.index in writer.done:
-        layers = _stored_layers(ready, writer, block)
+        layers = _stored_layers(ready, writer, block.index, block.linears)
         block.quantize_inputs(ready.plan, {name: layer.input for name, layer in layers.items()})
         block.freeze(layers)
         return BlockReport(**{**writer.done[block.index], "resumed": True})
     started = time.perf_counter()
     schemes = {name: scheme for name, scheme in ready.plan.quantized.items() if name in block.linears}
-    kept = _kept_tensors(ready, block, schemes)
+    kept = _kept_tensors(ready, block.index, schemes)
     refuse_infinite(kept, ready.plan.dtype)
     fixed = static_scales(block, ready.plan, step.inputs, batch_size=ready.recipe.batch_size)
     block.quantize_inputs(ready.plan, fixed)
@@ -249,11 +251,11 @@ def _tune(ready: Prepared, step: Step, schemes: Mapping[str, Any], listen: Liste
     return tuner.tune(step, schemes, on_step)
 
 
-def _kept_tensors(ready: Prepared, block: Block, schemes: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What goes into the block's shard beside its codes; the head's shard takes everything outside of the blocks."""
+def _kept_tensors(ready: Prepared, index: int, schemes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What goes into a block's shard beside its codes; the head's shard takes everything outside of the blocks."""
     skeleton = ready.skeleton
     coded = {f"{name}.weight" for name in (*schemes, skeleton.arch.embed) if name in ready.plan.quantized}
-    names = [name for name in skeleton.shard(block.index) if name not in coded]
+    names = [name for name in skeleton.shard(index) if name not in coded]
     return {name: tensor.cpu() for name, tensor in ready.weights.read(names).items()}
 
 
@@ -296,11 +298,17 @@ def encoded(format: Format, layers: Mapping[str, QuantLayer], plan: Plan) -> dic
     }
 
 
-def _stored_layers(ready: Prepared, writer: Writer, block: Block) -> dict[str, QuantLayer]:
-    tensors = writer.read(CODES, block.index)
+def _layers_of_block(ready: Prepared, writer: Writer, index: int) -> dict[str, QuantLayer]:
+    within = f"{ready.skeleton.blocks[index]}."
+    return _stored_layers(ready, writer, index, [name for name in ready.plan.quantized if name.startswith(within)])
+
+
+def _stored_layers(ready: Prepared, writer: Writer, index: int, linears: Iterable[str]) -> dict[str, QuantLayer]:
+    """The codes of those of `linears` that are quantized, from a finished shard."""
+    tensors = writer.read(CODES, index)
     codes = named(CODES, FORMATS, "format")()
     layers = {}
-    for name in block.linears:
+    for name in linears:
         if name in ready.plan.quantized:
             own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
             own = {key: value.to(ready.weights.device) for key, value in own.items() if key != "bias"}

@@ -40,7 +40,6 @@ from bitlathe.plan import LayerPlan, Plan
 
 METHOD = "compressed-tensors"
 MIXED = CompressionFormat.mixed_precision
-# Output heads. vLLM does not count them among linears, so the class does not name them to it.
 
 
 class CompressedTensors:
@@ -140,7 +139,8 @@ class CompressedTensors:
 
 
 def _all_of(names: list[str]) -> list[str]:
-    """The targets of the only group, whose linears are `names`."""
+    """The targets of the only group, whose linears are `names`. vLLM does not count output heads among linears, so the class
+    does not name them to it."""
     return ["Linear", *(name for name in names if name in HEADS)]
 
 
