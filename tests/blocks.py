@@ -36,11 +36,13 @@ KINDS = (
 )
 
 
-def turn(*, streams: int, index: int = 0, sequences: int = SEQUENCES, dtype: torch.dtype = torch.bfloat16) -> Step:
+def turn(
+    *, streams: int, beside: bool = False, index: int = 0, sequences: int = SEQUENCES, dtype: torch.dtype = torch.bfloat16
+) -> Step:
     """The turn of block `index`, the blocks before it as they are in the original; equal for equal arguments."""
     checkpoint = Checkpoint("builtin")
     skeleton, weights = open_model(checkpoint, device=torch.device("cpu"), dtype=dtype)
-    start = begin(skeleton, weights, _windows()[:sequences], Budget(2**30, Path("nowhere")), streams=streams)
+    start = begin(skeleton, weights, _windows()[:sequences], Budget(2**30, Path("nowhere")), streams=streams, beside=beside)
     return next(step for step in walk(skeleton, weights, start, batch_size=sequences) if step.block.index == index)
 
 

@@ -15,6 +15,7 @@ from benchmarks.others.ours import recipe_of
 from bitlathe.model.walk import Step, walk
 from bitlathe.prepare import Prepared, prepare
 from bitlathe.starting import start_on
+from bitlathe.tune.base import Needs
 
 # Tuners that go forwards and backwards through a block `iters` times.
 STEPPING = ("signround",)
@@ -41,7 +42,7 @@ def _seconds_a_block(ready: Prepared, streams: int) -> float:
     """From one block's turn to the next, the first one left out, reading its weights among it."""
     assert ready.tokens is not None
     with tempfile.TemporaryDirectory() as folder:
-        start = start_on(ready, Path(folder), ready.tokens, streams=streams)
+        start = start_on(ready, Path(folder), ready.tokens, Needs(streams=streams))
         turns = [_now() for _ in walk(ready.skeleton, ready.weights, start, batch_size=ready.recipe.batch_size)]
     return (turns[-1] - turns[0]) / (len(turns) - 1)
 
@@ -50,7 +51,7 @@ def _seconds_a_step(ready: Prepared) -> float:
     """Of one forward and backward pass of a batch, with the gradients of the weights."""
     assert ready.tokens is not None
     with tempfile.TemporaryDirectory() as folder:
-        start = start_on(ready, Path(folder), ready.tokens, streams=2)
+        start = start_on(ready, Path(folder), ready.tokens, Needs(streams=2))
         step = next(iter(walk(ready.skeleton, ready.weights, start, batch_size=ready.recipe.batch_size)))
         _step(step, ready.recipe.batch_size)
         started = _now()

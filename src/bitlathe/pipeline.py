@@ -185,8 +185,10 @@ def _start(ready: Prepared, writer: Writer, listen: Listener) -> Start:
     if ready.tokens is None or not ready.text_streams:
         return Start([], ())
     # What was tuned before an interruption is not tuned again, and asks for none.
-    gradients = ready.tuner.gradients if len(writer.done) < ready.skeleton.depth else 0
-    return start_on(ready, writer.work, ready.tokens, streams=ready.text_streams, gradients=gradients, listen=listen)
+    needs = replace(ready.tuner.needs, streams=ready.text_streams)
+    if len(writer.done) >= ready.skeleton.depth:
+        needs = replace(needs, gradients=0)
+    return start_on(ready, writer.work, ready.tokens, needs, listen)
 
 
 def _turn(ready: Prepared, writer: Writer, step: Step, listen: Listener, *, began: float) -> BlockReport:
@@ -243,7 +245,7 @@ def _tune(ready: Prepared, step: Step, schemes: Mapping[str, Any], listen: Liste
         return Tuned({})
     # Logits are too wide to descend on: the head is rounded to nearest, on the range its inputs ask for.
     at_head = step.block.index == ready.skeleton.depth
-    tuner = Rtn(searched=ready.tuner.streams > 0, batch_size=ready.recipe.batch_size) if at_head else ready.tuner
+    tuner = Rtn(searched=ready.tuner.needs.streams > 0, batch_size=ready.recipe.batch_size) if at_head else ready.tuner
 
     def on_step(done: int, steps: int, loss: float) -> None:
         listen(Progress(step.block.index, ready.skeleton.depth, done, steps, loss))

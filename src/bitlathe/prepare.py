@@ -79,7 +79,7 @@ class Prepared:
     def text_streams(self) -> int:
         """Streams of hidden states: what the tuner wants, and one to measure static scales of activations on."""
         measured = any(static(row.input) for row in self.plan.linears.values())
-        return max(self.tuner.streams, int(measured))
+        return max(self.tuner.needs.streams, int(measured))
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -107,18 +107,20 @@ class Prepared:
     def _bytes_spilled(self) -> int:
         if self.tokens is None:
             return 0
-        stream = self._bytes_of(len(self.tokens))
-        gradients = [self._bytes_of(min(self.tuner.gradients, len(self.tokens)))] * (self.skeleton.depth + 2)
+        width = self.skeleton.model.config.hidden_size
+        stream = self._bytes_of(len(self.tokens), width)
+        gradients = [self._bytes_of(min(self.tuner.needs.gradients, len(self.tokens)), width)] * (self.skeleton.depth + 2)
         left, spilled = self.recipe.memory.activations, 0
         # As `Budget` does it: what lies in memory does so as a whole.
-        for nbytes in [stream] * self.text_streams + gradients:
+        rooms = [self._bytes_of(len(self.tokens), self.skeleton.attended)] * (2 if self.tuner.needs.beside else 0)
+        for nbytes in [stream] * self.text_streams + rooms + gradients:
             fits = nbytes <= left
             left, spilled = (left - nbytes, spilled) if fits else (left, spilled + nbytes)
         return spilled
 
-    def _bytes_of(self, sequences: int) -> int:
+    def _bytes_of(self, sequences: int, width: int) -> int:
         """Of hidden states of so many windows."""
-        return sequences * self.recipe.seqlen * self.skeleton.model.config.hidden_size * self.weights.dtype.itemsize
+        return sequences * self.recipe.seqlen * width * self.weights.dtype.itemsize
 
     def fingerprint(self) -> dict[str, str]:
         """What the result depends on, part by part."""

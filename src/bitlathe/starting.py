@@ -17,6 +17,7 @@ from bitlathe.model.hidden import Budget
 from bitlathe.model.walk import Start, begin
 from bitlathe.prepare import Prepared
 from bitlathe.report import Listener, Note, Searching
+from bitlathe.tune.base import Needs
 from bitlathe.tune.signs import errors_of
 
 # Windows of the calibration text on which draws of random signs are compared.
@@ -27,22 +28,18 @@ def start_on(
     ready: Prepared,
     folder: Path,
     tokens: Tensor,
-    *,
-    streams: int,
-    gradients: int = 0,
+    needs: Needs,
     listen: Listener = lambda event: None,
 ) -> Start:
-    """The beginning of a walk over the windows `tokens`; hidden states that do not fit into memory go to `folder`.
-
-    gradients: for how many of the windows, the last ones, the walk is to know those of the original's likelihood."""
+    """The beginning of a walk over the windows `tokens`; hidden states that do not fit into memory go to `folder`."""
     refuse_infinite(ready.weights.read(ready.skeleton.parameters_of(ready.skeleton.arch.embed)), ready.plan.dtype)
     budget = Budget(ready.recipe.memory.activations, folder)
-    start = begin(ready.skeleton, ready.weights, tokens, budget, streams=streams)
-    if not gradients:
+    start = begin(ready.skeleton, ready.weights, tokens, budget, streams=needs.streams, beside=needs.beside)
+    if not needs.gradients:
         return start
     listen(Searching("gradients", 0, 1))
     size, seed = ready.recipe.batch_size, ready.recipe.seed
-    found = gradients_of(ready.skeleton, ready.weights, tokens[-gradients:], budget, batch_size=size, seed=seed)
+    found = gradients_of(ready.skeleton, ready.weights, tokens[-needs.gradients :], budget, batch_size=size, seed=seed)
     listen(Searching("gradients", 1, 1))
     return replace(start, gradients=found)
 
@@ -63,7 +60,7 @@ def best_signs(ready: Prepared, folder: Path, listen: Listener) -> dict[str, Any
     plans = [ready.plan.reseeded(draw) for draw in range(ready.recipe.rotation_trials)]
     tokens = ready.tokens[:_DRAWN_ON]
     listen(Note(f"comparing {len(plans)} draws of random signs on {len(tokens)} windows of the calibration text"))
-    start = start_on(ready, folder, tokens, streams=1)
+    start = start_on(ready, folder, tokens, Needs(streams=1))
     errors = errors_of(ready.skeleton, ready.weights, start, plans, batch_size=ready.recipe.batch_size)
     if not all(map(isfinite, errors)):
         told = (

@@ -12,6 +12,7 @@ from torch import Tensor
 import bitlathe
 from bitlathe.formats.base import QuantLayer
 from bitlathe.model.hidden import Hidden
+from bitlathe.model.passage import Passage
 from bitlathe.model.walk import Step
 from bitlathe.report import BlockReport, Event, read_report
 from bitlathe.tune.base import Tuned, block_error
@@ -39,7 +40,7 @@ def error_of(layers: dict[str, QuantLayer], **where: Any) -> float:
 
 @pytest.mark.parametrize("scheme", KINDS)
 def test_what_was_measured_is_what_ships(scheme: str) -> None:
-    step = turn(streams=3, index=1)
+    step = turn(streams=2, beside=True, index=1)
     tuned = tune(step, scheme)
     assert tuned.after == error_of(as_written(tuned.layers), index=1)
     assert tuned.before is not None and tuned.after is not None and tuned.after <= tuned.before
@@ -49,7 +50,8 @@ def test_what_was_measured_is_what_ships(scheme: str) -> None:
 
 def test_each_piece_lowers_the_error() -> None:
     errors = [
-        tune(turn(streams=3), "W2A16G32", passes=passes, refits=refits).after for passes, refits in ((0, 0), (2, 0), (2, 2))
+        tune(turn(streams=2, beside=True), "W2A16G32", passes=passes, refits=refits).after
+        for passes, refits in ((0, 0), (2, 0), (2, 2))
     ]
     assert errors[0] is not None and errors[1] is not None and errors[2] is not None
     assert errors[2] < 0.98 * errors[0]
@@ -57,7 +59,7 @@ def test_each_piece_lowers_the_error() -> None:
 
 def test_later_stages_read_what_earlier_ones_make() -> None:
     """Rounding the first stage alone changes what is gathered for the last."""
-    step = turn(streams=3)
+    step = turn(streams=2, beside=True)
     first, last = step.block.stages[0][0], step.block.stages[-1][0][0]
     batches = [slice(0, SEQUENCES)]
     before = grams_of(step, [last], batches=batches)[last]
@@ -80,18 +82,17 @@ def test_later_stages_read_what_earlier_ones_make() -> None:
 
 def test_what_an_output_is_added_to_is_known() -> None:
     """A stream that lacks something from the start: what o_proj and down_proj are added to lacks it too."""
-    step = turn(streams=3)
-    assert step.inputs is not None and step.original is not None
+    step = turn(streams=2, beside=True)
+    assert step.inputs is not None and step.sides is not None
     everything = slice(0, SEQUENCES)
     states = step.inputs[everything]
     lost = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.dtype) * states.std() * 0.1
-    received = Hidden(states.clone(), torch.device("cpu"))
-    short = Step(step.block, Hidden(states - lost, torch.device("cpu")), step.targets, (step.original[0], received))
+    inputs, received = (Hidden(x, torch.device("cpu")) for x in (states - lost, states.clone()))
+    sides = Passage(step.block, inputs), Passage(step.sides[1].block, received)
+    short = Step(step.block, inputs, None, sides)
     o_proj, down_proj = step.block.stages[1][0][0], step.block.stages[3][0][0]
     grams = grams_of(short, [o_proj, down_proj], batches=[everything])
-    with torch.no_grad():
-        x = read(short.block, states - lost, [o_proj])[o_proj].x.flatten(0, 1).float()
-        theirs = read(short.original[0], states, [o_proj])[o_proj].x.flatten(0, 1).float() if short.original else x
+    x, theirs = (read(side, everything, [o_proj])[o_proj].x.flatten(0, 1).float() for side in sides)
     gap = (states.float() - (states - lost).float()).flatten(0, 1)
     gram, weight = grams[o_proj], step.block.weight(o_proj).float()
     assert gram.lack is not None and grams[down_proj].lack is not None and gram.tokens == len(x)
@@ -109,26 +110,27 @@ def test_what_an_output_is_added_to_is_known() -> None:
 
 
 def test_a_block_runs_no_further_than_it_must() -> None:
-    step = turn(streams=3)
+    step = turn(streams=2, beside=True)
     assert step.inputs is not None
+    passage, batch = Passage(step.block, step.inputs), slice(0, 1)
     ran: list[str] = []
     first, last = step.block.stages[0][0][0], step.block.stages[-1][0][0]
-    with torch.no_grad(), step.block.outputs([last], lambda name, _: ran.append(name)):
-        assert set(read(step.block, step.inputs[slice(0, 1)], [first])) == {first}
+    with torch.no_grad(), step.block.made([last], lambda name, _: ran.append(name)):
+        assert set(read(passage, batch, [first])) == {first}
         assert ran == []
-        assert set(read(step.block, step.inputs[slice(0, 1)], [first, last])) == {first, last}
+        assert set(read(passage, batch, [first, last])) == {first, last}
 
 
 def test_stages_are_in_order_and_complete() -> None:
-    step = turn(streams=3)
+    step = turn(streams=2, beside=True)
     short = [[name.rpartition(".")[2] for group in stage for name in group] for stage in step.block.stages]
     assert short == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
 def test_what_lost_on_held_out_text_is_rounded() -> None:
     """Text to learn from that is nothing like the text that judges."""
-    step = turn(streams=3)
-    assert step.inputs is not None and step.original is not None and step.targets is not None
+    step = turn(streams=2, beside=True)
+    assert step.inputs is not None and step.sides is not None
     generator = torch.Generator().manual_seed(0)
     states = step.inputs[slice(0, SEQUENCES)].clone()
     channels = states.shape[-1]
@@ -137,17 +139,14 @@ def test_what_lost_on_held_out_text_is_rounded() -> None:
         states.dtype
     )
     hidden = Hidden(states, torch.device("cpu"))
-    wanted = Hidden(torch.empty_like(states), torch.device("cpu"))
-    original = step.original[0]
-    with torch.no_grad():
-        wanted[slice(0, SEQUENCES)] = original(states)
-    tuned = tune(Step(step.block, hidden, wanted, (original, hidden)), "W2A16G32")
+    sides = Passage(step.block, hidden), Passage(step.sides[1].block, hidden)
+    tuned = tune(Step(step.block, hidden, None, sides), "W2A16G32")
     assert tuned.fallen is None or "rounded" in tuned.fallen
     assert tuned.before is not None and tuned.after is not None and tuned.after <= tuned.before
 
 
 def test_moments_without_an_inverse_leave_a_linear_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = turn(streams=3)
+    step = turn(streams=2, beside=True)
     assert step.inputs is not None
     down = step.block.stages[-1][0][0]
     monkeypatch.setattr("bitlathe.tune.closed_form.prepared", lambda h, _: None)
@@ -157,9 +156,9 @@ def test_moments_without_an_inverse_leave_a_linear_rounded(monkeypatch: pytest.M
 
 
 def test_what_is_solved_together_does_not_change_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    together = tune(turn(streams=3), "W4A16G32")
+    together = tune(turn(streams=2, beside=True), "W4A16G32")
     monkeypatch.setattr("bitlathe.tune.closed_form._AT_A_TIME", 1)
-    alone = tune(turn(streams=3), "W4A16G32")
+    alone = tune(turn(streams=2, beside=True), "W4A16G32")
     assert together.layers.keys() == alone.layers.keys()
     for name, layer in together.layers.items():
         # Sums of float32 come in another order.

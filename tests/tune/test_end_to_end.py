@@ -185,10 +185,10 @@ def test_what_a_file_holds_is_what_was_found() -> None:
 
 def test_metrics_are_moments_of_gradients() -> None:
     """Of the last sequences, by what each linear of the original makes."""
-    step = turn(streams=3)
-    assert step.original is not None and step.inputs is not None
+    step = turn(streams=2, beside=True)
+    assert step.sides is not None and step.inputs is not None
     gradient = torch.randn(4, *step.inputs.shape[1:], generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    given = Step(step.block, step.inputs, step.targets, step.original, Hidden(gradient, CPU))
+    given = Step(step.block, step.inputs, None, step.sides, Hidden(gradient, CPU))
     name = step.block.stages[-1][0][0]
     (metric,) = metrics_of(given, [name], batch_size=3).values()
     # What down_proj makes goes to the block's output as it is.
@@ -208,15 +208,16 @@ def test_what_matters_is_learned_from_gradients() -> None:
     gradients = gradients_of(skeleton, weights, tokens, budget, batch_size=4, seed=0)
     lost = []
     for known in (False, True):
-        start = begin(skeleton, weights, tokens, budget, streams=3)
+        start = begin(skeleton, weights, tokens, budget, streams=2, beside=True)
         step = next(walk(skeleton, weights, start, batch_size=12))
-        given = Step(step.block, step.inputs, step.targets, step.original, gradients[0] if known else None)
-        assert step.inputs is not None and step.targets is not None
+        given = Step(step.block, step.inputs, None, step.sides, gradients[0] if known else None)
+        assert step.sides is not None
         tuned = ClosedForm(batch_size=4, options=ClosedFormOptions()).tune(given, schemes_of(step, "W4A16"), lambda *_: None)
         step.block.freeze(tuned.layers)
         with torch.no_grad():
-            error = step.block(step.inputs[slice(0, 12)]).float() - step.targets[slice(0, 12)].float()
+            ours, wanted = (side(slice(0, 12)).float() for side in step.sides)
         g = gradients[0][slice(0, 12)].flatten(0, 1).float()
+        error = ours - wanted
         lost.append(((error.flatten(0, 1) @ (g.T @ g)) * error.flatten(0, 1)).sum().item())
     assert lost[1] < 0.99 * lost[0]
 

@@ -20,7 +20,8 @@ from bitlathe.autoscheme.score import FIXED, HEAD, part_of
 from bitlathe.model.block import Block, attach_cache
 from bitlathe.model.hidden import Budget, Hidden
 from bitlathe.model.layers import Stage, StagedLinear
-from bitlathe.model.walk import Start, advance, begin, walk
+from bitlathe.model.passage import Passage
+from bitlathe.model.walk import Start, begin, walk
 from bitlathe.numerics.activation import StaticScale
 from bitlathe.numerics.project import QuantTensor, dequantize, quantize, search
 from bitlathe.plan import LayerPlan, Plan
@@ -41,7 +42,7 @@ def measure(ground: Ground, kept: Kept, plans: Sequence[Plan], listen: Listen) -
         shelf = _Shelf(ground, step.block, kept.tensors(part_of(step.block.index)))
         for plan, stream in zip(plans, streams, strict=True):
             shelf.put(plan)
-            advance(step.block, stream, ground.batch_size)
+            Passage(step.block, stream).advance(ground.batch_size)
         listen("measure", step.block.index + 1, ground.skeleton.depth)
         del shelf
     found: dict[int, Measured] = {}

@@ -54,6 +54,12 @@ class Block:
         """The hidden states in parts of the same layout, each to be run on its own where no more of the output may be held."""
         return (x_BTD,)
 
+    @property
+    def attending(self) -> list[str]:
+        """The linears of its attention, in the order in which they run."""
+        within = f"{self.attention}."
+        return [name for stage in self.stages for group in stage for name in group if name.startswith(within)]
+
     def linear(self, name: str) -> StagedLinear:
         """The linear `name`, or the one that was put in its place."""
         linear = self.module.get_submodule(self.inner(name))
@@ -124,10 +130,20 @@ class Block:
             yield
 
     @contextmanager
-    def outputs(self, names: Iterable[str], see: Any) -> Iterator[None]:
-        """While open, `see(name, y)` is called with all that the linears `names` make, [..., outputs]."""
-        with _while_hooked(_after({name: self.linear(name) for name in names}, see)):
+    def made(self, modules: Iterable[str], see: Any) -> Iterator[None]:
+        """While open, `see(name, y)` is called with what all calls of the modules of these names give."""
+        with _while_hooked(_after({name: self.module.get_submodule(self.inner(name)) for name in modules}, see)):
             yield
+
+    @contextmanager
+    def replaced(self, name: str, module: nn.Module) -> Iterator[None]:
+        """While open, another module stands where the one of this name does."""
+        before = self.module.get_submodule(self.inner(name))
+        self.swap({name: module})
+        try:
+            yield
+        finally:
+            self.swap({name: before})
 
     def inner(self, name: str) -> str:
         """A full name as the block's module knows it."""

@@ -133,6 +133,11 @@ class Skeleton:
         }
 
     @property
+    def attended(self) -> int:
+        """How much the linear that ends the first block's attention reads."""
+        return next(self.linears[name][1] for name, row in self.rows.items() if row.reads == "value")
+
+    @property
     def value_width(self) -> int:
         """Width of the values of all heads of a block."""
         return self.head_size * self.model.config.num_key_value_heads

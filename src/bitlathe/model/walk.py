@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitlathe.model.block import Block
 from bitlathe.model.hidden import Budget, Hidden
+from bitlathe.model.passage import Passage
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.weights import Weights
 
@@ -24,11 +25,12 @@ from bitlathe.model.weights import Weights
 class Start:
     """Where a walk begins: the blocks' calls, and the hidden states [sequences, tokens, width] before the first block.
     gradients: for each block, that of a loss by what it makes in the original, for the last few sequences; empty where nobody
-    asks for it."""
+    asks for it. rooms: one for each of two streams, where the original block is to stay at hand (see `Passage`)."""
 
     calls: list[dict[str, Any]]
     streams: tuple[Hidden, ...]
     gradients: Sequence[Hidden] = ()
+    rooms: tuple[Hidden, ...] = ()
 
 
 @dataclass
@@ -36,22 +38,25 @@ class Step:
     """One block's turn.
 
     inputs: what it receives from the blocks before it, as they are after their turn; none on a walk without text. targets: what
-    the original block makes of the original stream; none on a walk of one stream. original: that block, and what it received;
-    none on a walk of less than three. gradient: that of a loss by what the original makes, for the last of the sequences; none
-    where the start has none.
+    the original block makes of the original stream; none where that stream is not there, or not yet taken through the block.
+    sides: the block on the first stream, and the original block on the second; none where the start has no rooms for them.
+    gradient: that of a loss by what the original makes, for the last of the sequences; none where the start has none.
 
     Once the walk is asked for the next turn, this one no longer has its `block`."""
 
     block: Block = field(repr=False)
     inputs: Hidden | None
     targets: Hidden | None
-    original: tuple[Block, Hidden] | None = field(default=None, repr=False)
+    sides: tuple[Passage, Passage] | None = field(default=None, repr=False)
     gradient: Hidden | None = field(default=None, repr=False)
 
 
-def begin(skeleton: Skeleton, weights: Weights, tokens_NT: Tensor, budget: Budget, *, streams: int) -> Start:
+def begin(
+    skeleton: Skeleton, weights: Weights, tokens_NT: Tensor, budget: Budget, *, streams: int, beside: bool = False
+) -> Start:
     """Embed the windows `tokens_NT` [sequences, tokens] and lay out `streams` streams of hidden states: equal ones, but that a
-    second one, from which targets are made, knows nothing of embeddings being rounded."""
+    second one, from which targets are made, knows nothing of embeddings being rounded. beside: whether the original block is to
+    stay at hand."""
     sources = [weights, weights.unrounded] if streams > 1 and weights.unrounded != weights else [weights]
     fronts = [skeleton.front(source) for source in sources]
     width = skeleton.model.config.hidden_size
@@ -63,7 +68,9 @@ def begin(skeleton: Skeleton, weights: Weights, tokens_NT: Tensor, budget: Budge
         calls = embedded[0][1]
         for index, stream in enumerate(laid):
             stream[row : row + 1] = embedded[min(index, len(fronts) - 1)][0]
-    return Start(calls, laid)
+    shape = (*shape[:2], skeleton.attended)
+    rooms = tuple(budget.allocate(shape, weights.dtype, weights.device) for _ in range(2 if beside else 0))
+    return Start(calls, laid, rooms=rooms)
 
 
 def walk(skeleton: Skeleton, weights: Weights, start: Start, *, batch_size: int) -> Iterator[Step]:
@@ -71,26 +78,25 @@ def walk(skeleton: Skeleton, weights: Weights, start: Start, *, batch_size: int)
 
     `start` has no stream (weights only), one (each block's output, as the body left the block, feeds the next) or two: then
     the second is the original stream, advanced through the original block before the body sees it, and is the step's targets.
-    With three, what the original block received is kept too. The body may change the block; on its return the first stream
-    goes through the block as it is then.
+    With rooms, the original block stays at hand, and its stream is advanced when the body has done. The body may change the
+    block; on its return the first stream goes through the block as it is then.
     """
-    inputs, targets, received = (*start.streams, None, None, None)[:3]
+    inputs, second = (*start.streams, None, None)[:2]
     for block in _read_ahead(skeleton, weights, start.calls):
-        original = None
-        if targets is not None and received is not None:
-            targets, received = received, targets
-            original = block.twin(), received
-        if targets is not None:
-            advance(block, targets if original is None else original[1], batch_size, into=targets)
+        sides = None
+        if start.rooms:
+            assert inputs is not None and second is not None
+            sides = Passage(block, inputs, start.rooms[0]), Passage(block.twin(), second, start.rooms[1])
+        elif second is not None:
+            Passage(block, second).advance(batch_size)
         gradient = start.gradients[block.index] if start.gradients else None
-        step = Step(block, inputs, targets, original, gradient)
-        del original
-        yield step
+        yield (step := Step(block, inputs, None if sides else second, sides, gradient))
         # The body's own name for the step lasts until it is given the next one, and the blocks must not.
-        del step.block, step.original
-        if inputs is not None:
-            advance(block, inputs, batch_size)
-        del block
+        del step.block, step.sides
+        for passage in sides or ([] if inputs is None else [Passage(block, inputs)]):
+            passage.advance(batch_size)
+            del passage
+        del block, sides
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ def go_back(block: Block, x_BTD: Tensor, gradient_of: Callable[[Tensor], Tensor]
     with torch.enable_grad():
         x = x_BTD.detach().requires_grad_()
         watched = block.linears if see is not None else ()
-        with block.watch(watched, read.__setitem__), block.outputs(watched, made.__setitem__):
+        with block.watch(watched, read.__setitem__), block.made(watched, made.__setitem__):
             y = block(x)
         names = list(made)
         own, *gradients = torch.autograd.grad(y, [x, *made.values()], gradient_of(y.detach()), allow_unused=True)
@@ -156,14 +162,6 @@ def go_back(block: Block, x_BTD: Tensor, gradient_of: Callable[[Tensor], Tensor]
             if gradient is not None:
                 see(name, read[name].detach(), gradient)
     return own
-
-
-@torch.no_grad()
-def advance(block: Block, hidden: Hidden, batch_size: int, *, into: Hidden | None = None) -> None:
-    """Put the block's output for hidden states in their place, or `into` others."""
-    into = hidden if into is None else into
-    for batch in hidden.batches(batch_size):
-        into[batch] = block(hidden[batch])
 
 
 def _read_ahead(

@@ -13,6 +13,7 @@ from bitlathe.formats.base import QuantLayer
 from bitlathe.model.block import Block
 from bitlathe.model.hidden import Hidden
 from bitlathe.model.moments import counting
+from bitlathe.model.passage import Passage
 from bitlathe.model.walk import Step
 from bitlathe.numerics.scheme import Scheme
 
@@ -34,13 +35,22 @@ class Tuned:
     fallen: str | None = None
 
 
-class Tuner(Protocol):
-    """An algorithm that rounds a block. streams: how many streams of hidden states it wants (see `walk`): 0 to 3. gradients: of
-    how many sequences it wants the gradient of the original's likelihood by what a block makes (`Step.gradient`).
-    end_to_end: steps in which scales are tuned on the whole model when all blocks are done (see `end_to_end`)."""
+@dataclass(frozen=True)
+class Needs:
+    """What a tuner needs of the walk. streams: of hidden states (see `walk`), 0 to 2. beside: whether the original is to be at
+    hand beside what a block becomes (`Step.sides`), which takes two of them. gradients: of how many sequences that of the
+    original's likelihood by what a block makes (`Step.gradient`)."""
 
-    streams: int
-    gradients: int
+    streams: int = 0
+    beside: bool = False
+    gradients: int = 0
+
+
+class Tuner(Protocol):
+    """An algorithm that rounds a block. end_to_end: steps in which scales are tuned on the whole model when all blocks are done
+    (see `end_to_end`)."""
+
+    needs: Needs
     end_to_end: int
 
     def tune(self, step: Step, schemes: Mapping[str, Scheme], listen: Listen) -> Tuned:
@@ -67,6 +77,12 @@ def block_error(block: Block, inputs: Hidden, targets: Hidden, *, batches: list[
     """Mean squared error, in float32, of the block's output against the targets over the batches' tokens that count: those
     that are extreme in neither (see `counting`)."""
     return _mean_squared((x := inputs[batch], block(x), targets[batch]) for batch in batches)
+
+
+@torch.no_grad()
+def error_between(ours: Passage, original: Passage, *, batches: list[slice]) -> float:
+    """The same of a block against the original, each on what it receives."""
+    return _mean_squared((ours.received[batch], ours(batch), original(batch)) for batch in batches)
 
 
 @torch.no_grad()

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from bitlathe.formats.base import QuantLayer
+from bitlathe.model.passage import Passage
 from bitlathe.model.walk import Step
 from bitlathe.numerics.lattice import Lattice, lattice_of, side_by_side
 from bitlathe.numerics.project import Learned, quantize, search
 from bitlathe.numerics.scheme import GRIDS, Scheme
 from bitlathe.numerics.solve import Hessian, descend, feed_back, prepared, refit, towards
 from bitlathe.numerics.two_sided import two_sided
-from bitlathe.tune.base import Listen, Tuned, block_error, held_out
+from bitlathe.tune.base import Listen, Needs, Tuned, error_between, held_out
 from bitlathe.tune.fisher import metrics_of
 from bitlathe.tune.grams import Gram, blended, grams_of
 from bitlathe.tune.options import ClosedFormOptions, TuneOptions
@@ -84,11 +85,9 @@ class _Found:
 class ClosedForm:
     """GPTQ with searched scales and what improves on it; see the module."""
 
-    streams = 3
-
     def __init__(self, *, batch_size: int, options: ClosedFormOptions, end_to_end: int = 0) -> None:
         self.batch_size, self.options = batch_size, options
-        self.gradients, self.end_to_end = options.gradients, end_to_end
+        self.needs, self.end_to_end = Needs(streams=2, beside=True, gradients=options.gradients), end_to_end
 
     @classmethod
     def of(cls, options: TuneOptions) -> ClosedForm | Rtn:
@@ -101,8 +100,8 @@ class ClosedForm:
     @torch.no_grad()
     def tune(self, step: Step, schemes: Mapping[str, Scheme], listen: Listen) -> Tuned:
         """See `Tuner.tune`."""
-        block, inputs, targets = step.block, step.inputs, step.targets
-        assert inputs is not None and targets is not None
+        assert step.sides is not None
+        block, (ours, original), inputs = step.block, step.sides, step.sides[0].received
         peaks = block.peaks(schemes)
         linears = {name: block.linear(name) for name in schemes}
         works = {name: _Work(name, block.weight(name), scheme, peaks[name]) for name, scheme in schemes.items()}
@@ -136,10 +135,10 @@ class ClosedForm:
             solved |= nearest | now
             block.freeze(nearest | now)
             listen(number + 1, len(block.stages), 0.0)
-        after = block_error(block, inputs, targets, batches=held or rest[:1])
+        after = error_between(ours, original, batches=held or rest[:1])
         block.swap(linears)
         block.freeze(rounded)
-        before = block_error(block, inputs, targets, batches=held or rest[:1])
+        before = error_between(Passage(block, inputs), original, batches=held or rest[:1])
         if not after <= before:  # a NaN is neither
             told = "in closed form it loses more than rounded to nearest, on text that nothing was learned from: it is rounded"
             return Tuned(rounded, before, before, tuple(starved), told)

@@ -20,8 +20,8 @@ def metrics_of(step: Step, names: Iterable[str], *, batch_size: int) -> dict[str
     it makes. Nothing on a walk without gradients, or where they have no inverse or say nothing."""
     if step.gradient is None:
         return {}
-    assert step.original is not None
-    original, received = step.original
+    assert step.sides is not None
+    original = step.sides[1]
     wanted, found = set(names), dict[str, Tensor]()
 
     def see(name: str, _: Tensor, gradient: Tensor) -> None:
@@ -29,10 +29,10 @@ def metrics_of(step: Step, names: Iterable[str], *, batch_size: int) -> dict[str
             g = gradient.flatten(0, -2).float()
             found[name] = found.get(name, g.new_zeros(g.shape[-1], g.shape[-1])).addmm_(g.T, g)
 
-    skipped = len(received) - len(step.gradient)
+    skipped = len(original.received) - len(step.gradient)
     for batch in step.gradient.batches(batch_size):
         given = step.gradient[batch]
-        x = received[slice(batch.start + skipped, batch.stop + skipped)]
-        go_back(original, x, lambda _, given=given: given, see)
+        x = original.received[slice(batch.start + skipped, batch.stop + skipped)]
+        go_back(original.block, x, lambda _, given=given: given, see)
     metrics = {name: prepared(g, _DAMPING) for name, g in found.items()}
     return {name: metric for name, metric in metrics.items() if metric is not None}

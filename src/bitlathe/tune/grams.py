@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitlathe.model.block import Block
 from bitlathe.model.moments import counting
+from bitlathe.model.passage import Passage
 from bitlathe.model.walk import Step
 
 # Tokens below which an expert borrows from the others.
 _FEW = 256
+# Columns whose products are made at once.
+_WIDE = 256
 
 
 @dataclass
@@ -53,9 +55,10 @@ class _Read:
     onto: Tensor | None
 
 
-def read(block: Block, x: Tensor, names: Iterable[str]) -> dict[str, _Read]:
-    """What the weights of the linears `names` multiply for hidden states `x`: their inputs, turned and rounded. A linear that
-    is not reached has none. The block runs no further than it must."""
+def read(passage: Passage, batch: slice, names: Iterable[str]) -> dict[str, _Read]:
+    """What the weights of the linears `names` multiply on a batch: their inputs, turned and rounded. A linear that is not
+    reached has none. The block runs no further than it must."""
+    block = passage.block
     found: dict[str, _Read] = {}
     beside: dict[str, Tensor] = {}
     wanted = set(names)
@@ -67,27 +70,29 @@ def read(block: Block, x: Tensor, names: Iterable[str]) -> dict[str, _Read]:
             raise _Enough
 
     with block.given(norms, beside.__setitem__), block.watch(wanted, see), suppress(_Enough):
-        block(x)
+        passage(batch)
     return found
 
 
 @torch.no_grad()
 def grams_of(step: Step, names: Iterable[str], *, batches: Iterable[slice]) -> dict[str, Gram]:
     """The moments of what `names` read over some batches; none for a linear that no token reached."""
-    assert step.inputs is not None and step.original is not None
+    assert step.sides is not None
     wanted, grams = list(names), {}
-    original, received = step.original
+    ours, original = step.sides
     for batch in batches:
-        states = step.inputs[batch]
-        ours, theirs = read(step.block, states, wanted), read(original, received[batch], wanted)
-        for name, own in ours.items():
+        found, theirs = (read(side, batch, wanted) for side in step.sides)
+        shape = ours.received[batch].shape[:-1]
+        for name, own in found.items():
             paired = theirs.get(name)
-            if paired is None or not own.x.shape[:-1] == paired.x.shape[:-1] == states.shape[:-1]:
+            if paired is None or not own.x.shape[:-1] == paired.x.shape[:-1] == shape:
                 paired = None
             if name not in grams:
                 inputs = own.x.shape[-1]
                 grams[name] = Gram(own.x.new_zeros(inputs, inputs, dtype=torch.float32))
-            _add(grams[name], own, paired, original.linear(name).weight)
+            _add(grams[name], own, paired, original.block.linear(name).weight)
+    for gram in grams.values():
+        gram.h = gram.h.triu() + gram.h.triu(1).T
     return grams
 
 
@@ -96,7 +101,7 @@ def _add(gram: Gram, own: _Read, paired: _Read | None, weight: Tensor) -> None:
     counts = counting(own.x) if paired is None else counting(own.x, paired.x)
     x = own.x[counts].float()
     gram.tokens += len(x)
-    gram.h.addmm_(x.T, x)
+    _add_products(gram.h, x)
     gram.paired = gram.paired and paired is not None
     if paired is None or not gram.paired:
         return
@@ -106,6 +111,12 @@ def _add(gram: Gram, own: _Read, paired: _Read | None, weight: Tensor) -> None:
     else:
         lack = F.linear(drift, weight.float()).add_(paired.onto[counts].float()).sub_(own.onto[counts].float())
         gram.lack = _with(gram.lack, lack, x)
+
+
+def _add_products(h: Tensor, x: Tensor) -> None:
+    """Add x^T x to h, which is symmetric: what lies below its diagonal is left for the end, but for what a block holds."""
+    for start in range(0, len(h), _WIDE):
+        h[start : start + _WIDE, start:].addmm_(x[:, start : start + _WIDE].T, x[:, start:])
 
 
 def _with(total: Tensor | None, error: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from bitlathe.model.moments import moments_of
 from bitlathe.model.walk import Step
 from bitlathe.numerics.project import quantize, search
 from bitlathe.numerics.scheme import Scheme
-from bitlathe.tune.base import Listen, Tuned, rounding_error
+from bitlathe.tune.base import Listen, Needs, Tuned, rounding_error
 from bitlathe.tune.options import TuneOptions
 
 # Sequences on which the error before and after is measured.
@@ -23,11 +23,11 @@ class Rtn:
     "importance matrix" of llama.cpp); otherwise the range is the weights' own and no text is needed.
     """
 
-    gradients = end_to_end = 0
+    end_to_end = 0
 
     def __init__(self, *, searched: bool, batch_size: int) -> None:
         self.searched, self.batch_size = searched, batch_size
-        self.streams = 1 if searched else 0
+        self.needs = Needs(streams=int(searched))
 
     @classmethod
     def of(cls, options: TuneOptions) -> Rtn:

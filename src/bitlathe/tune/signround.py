@@ -26,7 +26,7 @@ from bitlathe.model.moments import counting, moments_of
 from bitlathe.model.walk import Step
 from bitlathe.numerics.project import Learned, quantize, search
 from bitlathe.numerics.scheme import Scheme
-from bitlathe.tune.base import Listen, Tuned, block_error, draws, held_out
+from bitlathe.tune.base import Listen, Needs, Tuned, block_error, draws, held_out
 from bitlathe.tune.options import SignRoundOptions, TuneOptions
 
 # Only the sign of a gradient is used. The factor of a mean, one over millions, would put it below what fp16 holds; with none,
@@ -39,8 +39,7 @@ _WIDER = 2.0
 class SignRound:
     """Signed gradient descent on rounding offsets and ranges: `iters` steps of `batch_size` sequences for each block."""
 
-    streams = 2
-    gradients = end_to_end = 0
+    needs, end_to_end = Needs(streams=2), 0
 
     def __init__(self, *, iters: int, batch_size: int, seed: int, options: SignRoundOptions) -> None:
         self.iters, self.batch_size, self.seed, self.options = iters, batch_size, seed, options
