@@ -22,7 +22,7 @@ _DATASET = "bitlathe.model.dataset_text:dataset_text"
 
 # Characters of a document that are turned into tokens at a time, which takes hundreds of bytes a token; where a piece may end,
 # and how far around such a place tokens are compared.
-_PIECE, _END, _AROUND = 1 << 18, re.compile(r"(?<=\S)\n(?=\S)"), 200
+_PIECE, _END, _AROUND = 1 << 16, re.compile(r"(?<=\S)\n(?=\S)"), 200
 
 # A document is worth this many characters a token at the least; more of a dataset than that is not fetched.
 _CHARACTERS_A_TOKEN = 8

@@ -28,7 +28,7 @@ from bitlathe.model.experts import split_experts
 from bitlathe.model.weights import Weights
 
 # Tokens whose logits are held at a time.
-_PART = 512
+_PART = 128
 
 
 class _Tap(nn.Module):

@@ -136,11 +136,16 @@ def walk_back(
     """
     for block in _read_ahead(skeleton, weights, tape.calls, order=range(skeleton.depth - 1, -1, -1)):
         see = watch(block)
-        for batch in tape.gradient.batches(batch_size):
+        for batch in tape.gradient.batches(back_at_a_time(batch_size)):
             gradient = tape.gradient[batch]
             tape.gradient[batch] = go_back(block, tape.inputs[block.index][batch], lambda _, given=gradient: given, see)
         yield block
         del block
+
+
+def back_at_a_time(batch_size: int) -> int:
+    """Sequences that go back through a block together where `batch_size` go forward: what a pass back needs is held as well."""
+    return max(1, batch_size // 4)
 
 
 def go_back(block: Block, x_BTD: Tensor, gradient_of: Callable[[Tensor], Tensor], see: See | None) -> Tensor:

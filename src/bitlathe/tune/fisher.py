@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from bitlathe.model.walk import Step, go_back
+from bitlathe.model.walk import Step, back_at_a_time, go_back
 from bitlathe.numerics.solve import Hessian, prepared
 
 # Of G, in its mean diagonal: it comes of fewer tokens than H, and one label each.
@@ -30,7 +30,7 @@ def metrics_of(step: Step, names: Iterable[str], *, batch_size: int) -> dict[str
             found[name] = found.get(name, g.new_zeros(g.shape[-1], g.shape[-1])).addmm_(g.T, g)
 
     skipped = len(original.received) - len(step.gradient)
-    for batch in step.gradient.batches(batch_size):
+    for batch in step.gradient.batches(back_at_a_time(batch_size)):
         given = step.gradient[batch]
         x = original.received[slice(batch.start + skipped, batch.stop + skipped)]
         go_back(original.block, x, lambda _, given=given: given, see)

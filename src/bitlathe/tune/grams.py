@@ -16,8 +16,8 @@ from bitlathe.model.walk import Step
 
 # Tokens below which an expert borrows from the others.
 _FEW = 256
-# Columns whose products are made at once.
-_WIDE = 256
+# Tokens taken in at once, and columns whose products are made at once.
+_AT_A_TIME, _WIDE = 2048, 256
 
 
 @dataclass
@@ -99,18 +99,20 @@ def grams_of(step: Step, names: Iterable[str], *, batches: Iterable[slice]) -> d
 def _add(gram: Gram, own: _Read, paired: _Read | None, weight: Tensor) -> None:
     """Take in what a linear reads, and the original's beside it."""
     counts = counting(own.x) if paired is None else counting(own.x, paired.x)
-    x = own.x[counts].float()
-    gram.tokens += len(x)
-    _add_products(gram.h, x)
     gram.paired = gram.paired and paired is not None
-    if paired is None or not gram.paired:
-        return
-    drift = paired.x[counts].float() - x
-    if own.onto is None or paired.onto is None:
-        gram.drift = _with(gram.drift, drift, x)
-    else:
-        lack = F.linear(drift, weight.float()).add_(paired.onto[counts].float()).sub_(own.onto[counts].float())
-        gram.lack = _with(gram.lack, lack, x)
+    for tokens in counts.flatten().nonzero().squeeze(1).split(_AT_A_TIME):
+        x = own.x.flatten(0, -2)[tokens].float()
+        gram.tokens += len(x)
+        _add_products(gram.h, x)
+        if paired is None or not gram.paired:
+            continue
+        drift = paired.x.flatten(0, -2)[tokens].float() - x
+        if own.onto is None or paired.onto is None:
+            gram.drift = _with(gram.drift, drift, x)
+        else:
+            before, after = (onto.flatten(0, -2)[tokens].float() for onto in (own.onto, paired.onto))
+            lack = F.linear(drift, weight.float()).add_(after).sub_(before)
+            gram.lack = _with(gram.lack, lack, x)
 
 
 def _add_products(h: Tensor, x: Tensor) -> None:
