@@ -52,7 +52,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "scores": None,
         "search": {"tokens": 32768, "held_out": 8192},
         "rtn": {"scale": "searched"},
-        "signround": {"start": "plain", "lr": None, "compile": False, "held_out": 8, "check_every": 20},
+        "signround": {"start": "plain", "lr": None, "compile": False, "held_out": 8, "check_every": 20, "patience": 3},
         "closed_form": {"passes": 2, "refits": 2, "held_out": 8, "gradients": 16, "end_to_end": 64},
     }
 

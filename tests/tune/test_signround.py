@@ -91,6 +91,14 @@ def test_the_best_state_is_kept_and_not_the_last(lr: float) -> None:
     assert (tuned.after == tuned.before) == same_codes(tuned.layers, plain("W4A16G32")) == (lr == 0.5)
 
 
+@pytest.mark.parametrize("patience", [0, 1, 2])
+def test_a_block_is_done_when_nothing_better_is_found(patience: int) -> None:
+    """Steps of half a grid step only make it worse: nothing is better than the start."""
+    tuned, told = tune(turn(streams=2), "W4A16G32", iters=8, lr=0.5, check_every=2, patience=patience)
+    assert [step for step, _, _ in told] == [2, 4, 6, 8][: patience or None]
+    assert tuned.after == tuned.before and same_codes(tuned.layers, plain("W4A16G32"))
+
+
 def test_the_same_seed_gives_the_same_codes_and_another_others() -> None:
     first, again, other = (tune(turn(streams=2), seed=seed, iters=6)[0] for seed in (3, 3, 4))
     assert same_codes(first.layers, again.layers)

@@ -25,7 +25,8 @@ class SignRoundOptions(BaseModel):
     start: "plain" begins at each block's whole range and can only shrink it; "searched" at the range that `rtn` would take,
     which may then become anything from nothing to twice as wide. lr: first learning rate in grid steps, decaying linearly to 0;
     None is 1/iters. compile: run the tuning step through torch.compile. held_out: how many sequences choose the best state and
-    are not trained on. check_every: steps between two looks at them.
+    are not trained on. check_every: steps between two looks at them. patience: looks in a row that find nothing better, after
+    which a block is done; 0 takes all steps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,6 +36,7 @@ class SignRoundOptions(BaseModel):
     compile: bool = False
     held_out: int = Field(default=8, ge=0)
     check_every: int = Field(default=20, gt=0)
+    patience: int = Field(default=3, ge=0)
 
 
 class ClosedFormOptions(BaseModel):

@@ -100,6 +100,7 @@ class SignRound:
         best = before = block_error(block, inputs, targets, batches=held)
         state = [parameter.detach().clone() for parameter in parameters]
         reached: set[Tensor] = set()
+        in_vain = 0
         for iteration in range(self.iters):
             batch = next(batches)
             x = inputs[batch]
@@ -110,8 +111,11 @@ class SignRound:
             if (iteration + 1) % self.options.check_every == 0 or iteration + 1 == self.iters:
                 error = block_error(block, inputs, targets, batches=held)
                 listen(iteration + 1, self.iters, error)
+                in_vain += 1
                 if error < best:
-                    best, state = error, [parameter.detach().clone() for parameter in parameters]
+                    best, state, in_vain = error, [parameter.detach().clone() for parameter in parameters], 0
+                if in_vain == self.options.patience:
+                    break
         for parameter, kept in zip(parameters, state, strict=True):
             parameter.data.copy_(kept)
         return before, best, reached
