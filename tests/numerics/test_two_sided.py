@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitlathe.numerics.lattice import lattice_of, side_by_side
+from bitlathe.numerics.lattice import Lattice, lattice_of, side_by_side
 from bitlathe.numerics.project import dequantize, quantize
 from bitlathe.numerics.scheme import SCHEMES
 from bitlathe.numerics.solve import Hessian, descend, feed_back, prepared
-from bitlathe.numerics.two_sided import two_sided
+from bitlathe.numerics.two_sided import lost as cost
+from bitlathe.numerics.two_sided import refitted, settled, two_sided
 
 COLUMNS = 128
 
@@ -34,7 +35,7 @@ def lost(error: Tensor, moments: Hessian, g: Tensor) -> float:
     return (moments.h.double() @ error.double() @ g.double() * error.double()).sum().item()
 
 
-def one_sided(rows: int, scheme: str, seed: int, moments: Hessian) -> tuple[Tensor, Tensor, object, Tensor]:
+def one_sided(rows: int, scheme: str, seed: int, moments: Hessian) -> tuple[Tensor, Tensor, Lattice, Tensor]:
     w = torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(seed)) * 0.05
     lattice = lattice_of(w, SCHEMES[scheme]).ordered(moments.order)
     aim = w.T[moments.order].contiguous()
@@ -47,7 +48,7 @@ def test_rows_make_up_for_each_other(scheme: str) -> None:
     moments, outputs = solvable(COLUMNS, 0), solvable(48, 1)
     aim, found, lattice, w = one_sided(48, scheme, 2, moments)
     g = outputs.h[outputs.order.argsort()][:, outputs.order.argsort()]
-    (better,) = two_sided([aim], [found], [lattice], moments, [outputs], passes=2)  # pyright: ignore[reportArgumentType]
+    (better,) = two_sided([aim], [found], [lattice], moments, [outputs], passes=2)
     assert lost(aim - better, moments, g) < 0.85 * lost(aim - found, moments, g)
     # What comes out are numbers that codes stand for.
     at = better[moments.order.argsort()].T
@@ -55,12 +56,32 @@ def test_rows_make_up_for_each_other(scheme: str) -> None:
     torch.testing.assert_close(shipped, at, rtol=2**-20, atol=1e-6)
 
 
+def test_scales_are_refitted_to_what_other_rows_lack() -> None:
+    """The same codes lose less on the scales that it gives, and what is moved on them after that less again."""
+    moments, outputs = solvable(COLUMNS, 0), solvable(48, 1)
+    aim, near, lattice, _ = one_sided(48, "W2A16G32", 2, moments)
+    metric = [outputs]
+    found = two_sided([aim], [near], [lattice], moments, metric, passes=2)
+    back = moments.order.argsort()
+    h = moments.h[back][:, back]
+    (multiples,) = refitted([aim[back]], [found[0][back]], h, metric, width=32, ridge=0.01)
+    assert multiples.shape == (COLUMNS // 32, 48)
+    stretched = found[0] * multiples.repeat_interleave(32, 0)[moments.order]
+    scale = lattice.scale * multiples.repeat_interleave(32, 0)[moments.order]
+    wider = Lattice(lattice.grid, lattice.unsigned, scale, None)
+    (moved,) = settled([aim], [stretched], [wider], moments, metric, passes=1)
+    costs = [cost(aim, x, moments, outputs) for x in (found[0], stretched, moved)]
+    assert costs[1] < 0.99 * costs[0] and costs[2] < costs[1]
+    g = outputs.h[outputs.order.argsort()][:, outputs.order.argsort()]
+    assert costs[0] == pytest.approx(lost(aim - found[0], moments, g), rel=1e-4)
+
+
 def test_never_worse_than_what_it_is_given() -> None:
     """Outputs that do not go together: there is nothing to win, and nothing is lost."""
     moments, outputs = solvable(COLUMNS, 0), prepared(torch.eye(40), 0.0)
     assert outputs is not None
     aim, found, lattice, _ = one_sided(40, "W4A16G32", 3, moments)
-    (same,) = two_sided([aim], [found], [lattice], moments, [outputs], passes=0)  # pyright: ignore[reportArgumentType]
+    (same,) = two_sided([aim], [found], [lattice], moments, [outputs], passes=0)
     g = torch.eye(40)
     assert lost(aim - same, moments, g) <= lost(aim - found, moments, g)
 

@@ -181,9 +181,9 @@ def test_experts_of_few_tokens_borrow_from_the_others() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_tuned_and_a_stopped_run_continues(family: str, tmp_path: Path) -> None:
-    model, text = tmp_path / "model", write_text(tmp_path / "text.txt", 600)
+    model, text = tmp_path / "model", write_text(tmp_path / "text.txt", 1200)
     save_model(model, family)
-    asked = {"scheme": "W3A16G32", "tuner": "closed-form", "calib": str(text), "samples": 8, "seqlen": 32, "device": "cpu"}
+    asked = {"scheme": "W3A16G32", "tuner": "closed-form", "calib": str(text), "samples": 16, "seqlen": 32, "device": "cpu"}
     bitlathe.quantize(str(model), out=tmp_path / "whole", **asked)
     blocks = read_report(tmp_path / "whole")["blocks"]
     assert all(block["loss_after"] <= block["loss_before"] for block in blocks if block["loss_after"] is not None)

@@ -12,14 +12,15 @@ others as they are. Linears that read the same are solved in the same steps: a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from bitlathe.numerics.lattice import Lattice, side_by_side
-from bitlathe.numerics.solve import Hessian, descend, feed_back
+from bitlathe.numerics.solve import Hessian, descend, feed_back, refit
 
 # Rows of a slice hear nothing of each other. More slices lose less, and cost a pass over the columns each.
 _SLICES = 8
@@ -32,7 +33,7 @@ class _Side:
     wanted: Tensor
     left: Tensor
     found: Tensor
-    lattice: Lattice
+    lattice: Lattice | None
     outputs: Hessian
 
     def slice(self, number: int) -> slice:
@@ -73,20 +74,67 @@ def two_sided(
     One of each for every linear that reads the same, with columns in the moments' order and rows as they come. outputs: G, as
     `prepared` gives it. passes: of coordinate descent, for each slice alone and then with all others.
     """
-    orders = [metric.order for metric in outputs]
-    sides = [
-        _Side(aim[:, order], aim[:, order], near[:, order], lattice.part(order), metric)
-        for aim, near, lattice, metric, order in zip(wanted, found, lattices, outputs, orders, strict=True)
+    sides = _sides(wanted, found, lattices, outputs)
+    return _best(sides, moments, outputs, chain(_fed(sides, moments, passes), _again(sides, moments, passes)))
+
+
+def settled(
+    wanted: Sequence[Tensor],
+    found: Sequence[Tensor],
+    lattices: Sequence[Lattice],
+    moments: Hessian,
+    outputs: Sequence[Hessian],
+    *,
+    passes: int,
+) -> list[Tensor]:
+    """The same, from `found` on, which lies on the lattices, by descent alone."""
+    sides = _sides(wanted, found, lattices, outputs)
+    return _best(sides, moments, outputs, _again(sides, moments, passes))
+
+
+def refitted(
+    wanted: Sequence[Tensor], found: Sequence[Tensor], h: Tensor, outputs: Sequence[Hessian], *, width: int, ridge: float
+) -> list[Tensor]:
+    """See `solve.refit`: multiples [groups, rows] of the scales with which the same codes lose less, each slice with all others
+    as they are by then. Columns in their own order, here and in `h`."""
+    multiples = []
+    for aim, near, metric in zip(wanted, found, outputs, strict=True):
+        order = metric.order
+        side = _Side(aim[:, order], aim, near[:, order], None, metric)
+        own = []
+        for rows in map(side.slice, range(_SLICES)):
+            own.append(refit(side.aim(rows), side.found[:, rows], h, width=width, ridge=ridge))
+            side.found[:, rows] *= own[-1].repeat_interleave(width, 0)
+        multiples.append(torch.cat(own, dim=1)[:, order.argsort()])
+    return multiples
+
+
+def lost(wanted: Tensor, found: Tensor, moments: Hessian, outputs: Hessian) -> float:
+    """What an error [columns, rows] costs; columns in the moments' order, rows as they come."""
+    order = outputs.order
+    return _Side(wanted[:, order], wanted, found[:, order], None, outputs).lost(moments)
+
+
+def _sides(
+    wanted: Sequence[Tensor], found: Sequence[Tensor], lattices: Sequence[Lattice], outputs: Sequence[Hessian]
+) -> list[_Side]:
+    return [
+        _Side(aim[:, metric.order], aim[:, metric.order], near[:, metric.order], lattice.part(metric.order), metric)
+        for aim, near, lattice, metric in zip(wanted, found, lattices, outputs, strict=True)
     ]
+
+
+def _best(sides: list[_Side], moments: Hessian, outputs: Sequence[Hessian], rounds: Iterable[None]) -> list[Tensor]:
+    """Of what is found after each round and before the first, what loses least, linear by linear."""
     best = [(side.lost(moments), side.found) for side in sides]
-    for _ in _rounds(sides, moments, passes):
+    for _ in rounds:
         now = [(side.lost(moments), side.found) for side in sides]
         best = [min(pair, key=lambda one: one[0]) for pair in zip(best, now, strict=True)]
-    return [kept[:, order.argsort()] for (_, kept), order in zip(best, orders, strict=True)]
+    return [kept[:, metric.order.argsort()] for (_, kept), metric in zip(best, outputs, strict=True)]
 
 
-def _rounds(sides: list[_Side], moments: Hessian, passes: int) -> Iterator[None]:
-    """Go over all slices and come back, so that `found` is what it has become."""
+def _fed(sides: list[_Side], moments: Hessian, passes: int) -> Iterator[None]:
+    """Go over all slices, each of which feeds its error into those that are still to come."""
     for side in sides:
         side.found = torch.empty_like(side.wanted)
     for number in range(_SLICES):
@@ -100,6 +148,10 @@ def _rounds(sides: list[_Side], moments: Hessian, passes: int) -> Iterator[None]
         for side, place in zip(sides, rows, strict=True):
             side.feed(place)
     yield
+
+
+def _again(sides: list[_Side], moments: Hessian, passes: int) -> Iterator[None]:
+    """Go over all slices again and again, each with all others as they are."""
     for _ in range(passes):
         for side in sides:
             side.found = side.found.clone()
@@ -112,7 +164,8 @@ def _rounds(sides: list[_Side], moments: Hessian, passes: int) -> Iterator[None]
 
 
 def _beside(sides: list[_Side], rows: list[slice]) -> Lattice:
-    return side_by_side([side.lattice.part(place) for side, place in zip(sides, rows, strict=True)])
+    lattices = [(side.lattice, place) for side, place in zip(sides, rows, strict=True)]
+    return side_by_side([lattice.part(place) for lattice, place in lattices if lattice is not None])
 
 
 def _put(sides: list[_Side], rows: list[slice], landed: Tensor) -> None:

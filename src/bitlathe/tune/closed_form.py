@@ -26,7 +26,7 @@ from bitlathe.numerics.lattice import Lattice, lattice_of, side_by_side
 from bitlathe.numerics.project import Learned, quantize, search
 from bitlathe.numerics.scheme import GRIDS, Scheme
 from bitlathe.numerics.solve import Hessian, descend, feed_back, prepared, refit, towards
-from bitlathe.numerics.two_sided import two_sided
+from bitlathe.numerics.two_sided import lost, refitted, settled, two_sided
 from bitlathe.tune.base import Listen, Needs, Tuned, error_between, held_out
 from bitlathe.tune.fisher import metrics_of
 from bitlathe.tune.grams import Gram, blended, grams_of
@@ -36,9 +36,9 @@ from bitlathe.tune.rtn import Rtn
 # Damping of H, in its mean diagonal: that of fine integer grids, and of coarse ones or where text is short.
 _DAMPING, _MORE_DAMPING = 0.01, 0.05
 _SHORT = 16  # tokens a channel, below which text is short
-# How much of what an input lost is made up for; with rounded activations, all of it over-fits.
-_ALL, _HALF = 1.0, 0.5
-_RIDGE = 0.1  # of what makes up for it
+# How much of what an input lost is made up for, and the ridge of what makes up for it; with rounded activations, all of it
+# over-fits.
+_ALL, _HALF = (1.0, 0.03), (0.5, 0.1)
 _NEVER = 4  # tokens a channel, below which nothing is made up for
 _REFIT_RIDGE = 0.01
 _AT_A_TIME = 1 << 25  # weights that are solved together
@@ -126,9 +126,9 @@ class ClosedForm:
                 if gram is None:
                     starved += [work.name for work in group]
                     continue
-                part = _ALL if linears[first].stage.scheme is None else _HALF
+                made_up = _ALL if linears[first].stage.scheme is None else _HALF
                 for alike in _alike(searched):
-                    found = _solve(alike, gram, checks.get(first), outputs, part=part, options=self.options)
+                    found = _solve(alike, gram, checks.get(first), outputs, made_up=made_up, options=self.options)
                     failed += [work.name for work in alike if work.name not in found]
                     now |= found
             rounded |= nearest
@@ -160,7 +160,7 @@ def _solve(
     check: Gram | None,
     outputs: Mapping[str, Hessian],
     *,
-    part: float,
+    made_up: tuple[float, float],
     options: ClosedFormOptions,
 ) -> dict[str, QuantLayer]:
     """The codes of linears of one scheme that read the same; nothing where the moments have no inverse. outputs: what errors of
@@ -176,7 +176,7 @@ def _solve(
         tried.append((work, weight))
         missing = gram.missing(weight)
         if missing is not None and check is not None and gram.tokens >= _NEVER * width:
-            tried.append((work, towards(weight, h, missing, part=part, ridge=_RIDGE)))
+            tried.append((work, towards(weight, h, missing, part=made_up[0], ridge=made_up[1])))
     best: dict[str, _Found] = {}
     for portion in _portions(tried):
         for found in _descended(portion, hessian, options):
@@ -185,7 +185,7 @@ def _solve(
                 best[name] = found
     known = [found for name, found in best.items() if name in outputs]
     if known:
-        best |= {found.work.name: found for found in _across(known, hessian, outputs, passes=options.passes)}
+        best |= {found.work.name: found for found in _across(known, hessian, outputs, options)}
     return {name: found.work.layer(found.weight) for name, found in best.items()}
 
 
@@ -208,13 +208,36 @@ def _lost(found: _Found, check: Gram) -> float:
     return ((lost if missing is None else lost + 2 * missing) * error).sum().item()
 
 
-def _across(tried: list[_Found], hessian: Hessian, outputs: Mapping[str, Hessian], *, passes: int) -> Iterator[_Found]:
-    """The same on their lattices, with rows that make up for each other."""
+def _across(tried: list[_Found], hessian: Hessian, outputs: Mapping[str, Hessian], options: ClosedFormOptions) -> list[_Found]:
+    """The same with rows that make up for each other; then on scales that are refitted to that."""
     order, back = hessian.order, hessian.order.argsort()
-    wanted, near = ([x.T[order] for x in found] for found in ([one.wanted for one in tried], [one.weight for one in tried]))
-    lattices, metrics = [one.work.lattice().ordered(order) for one in tried], [outputs[one.work.name] for one in tried]
-    for one, found in zip(tried, two_sided(wanted, near, lattices, hessian, metrics, passes=passes), strict=True):
-        yield replace(one, weight=found[back].T.contiguous())
+    works, wanted, metrics = [], [], []
+    for one in tried:
+        works.append(one.work)
+        wanted.append(one.wanted.T[order])
+        metrics.append(outputs[one.work.name])
+    lattices = [work.lattice().ordered(order) for work in works]
+    near = [one.weight.T[order] for one in tried]
+    found = two_sided(wanted, near, lattices, hessian, metrics, passes=options.passes)
+    scheme, h = works[0].scheme, hessian.h[back][:, back]
+    for _ in range(options.refits if _refits(scheme) else 0):
+        own = [x[back] for x in found]
+        width = scheme.block[1] or len(h)
+        multiples = refitted([x[back] for x in wanted], own, h, metrics, width=width, ridge=_REFIT_RIDGE)
+        stretched = [work.stretched(each) for work, each in zip(works, multiples, strict=True)]
+        others = [work.lattice().ordered(order) for work in stretched]
+        moved = [lattice.moved(x, other) for lattice, x, other in zip(lattices, found, others, strict=True)]
+        moved = settled(wanted, moved, others, hessian, metrics, passes=1)
+        for index, metric in enumerate(metrics):
+            if lost(wanted[index], moved[index], hessian, metric) < lost(wanted[index], found[index], hessian, metric):
+                works[index], lattices[index], found[index] = stretched[index], others[index], moved[index]
+    parts = zip(tried, works, found, strict=True)
+    return [replace(one, work=work, weight=x[back].T.contiguous()) for one, work, x in parts]
+
+
+def _refits(scheme: Scheme) -> bool:
+    """Whether each scale can become another one on its own."""
+    return scheme.block[0] == 1 and scheme.moves
 
 
 def _descended(tried: list[tuple[_Work, Tensor]], hessian: Hessian, options: ClosedFormOptions) -> list[_Found]:
@@ -228,7 +251,7 @@ def _descended(tried: list[tuple[_Work, Tensor]], hessian: Hessian, options: Clo
     for _ in range(options.passes):
         found = descend(aim, found, lattice, hessian)
     lost = hessian.loss(aim - found)
-    refits = options.refits if scheme.block[0] == 1 and scheme.moves else 0
+    refits = options.refits if _refits(scheme) else 0
     h = hessian.h[back][:, back]
     for _ in range(refits):
         multiples = refit(wanted.T, found[back], h, width=scheme.block[1] or len(aim), ridge=_REFIT_RIDGE)
