@@ -100,7 +100,7 @@ def _add(gram: Gram, own: _Read, paired: _Read | None, weight: Tensor) -> None:
     """Take in what a linear reads, and the original's beside it."""
     counts = counting(own.x) if paired is None else counting(own.x, paired.x)
     gram.paired = gram.paired and paired is not None
-    for tokens in counts.flatten().nonzero().squeeze(1).split(_AT_A_TIME):
+    for tokens in _parts(counts.flatten()):
         x = own.x.flatten(0, -2)[tokens].float()
         gram.tokens += len(x)
         _add_products(gram.h, x)
@@ -113,6 +113,13 @@ def _add(gram: Gram, own: _Read, paired: _Read | None, weight: Tensor) -> None:
             before, after = (onto.flatten(0, -2)[tokens].float() for onto in (own.onto, paired.onto))
             lack = F.linear(drift, weight.float()).add_(after).sub_(before)
             gram.lack = _with(gram.lack, lack, x)
+
+
+def _parts(counts: Tensor) -> Iterable[slice | Tensor]:
+    """The tokens that count, a part at a time; without picking any, where all do."""
+    if counts.all():
+        return [slice(start, start + _AT_A_TIME) for start in range(0, len(counts), _AT_A_TIME)]
+    return counts.nonzero().squeeze(1).split(_AT_A_TIME)
 
 
 def _add_products(h: Tensor, x: Tensor) -> None:
