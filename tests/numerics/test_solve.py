@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitlathe.numerics.lattice import lattice_of, side_by_side
+from bitlathe.numerics.lattice import Column, Lattice, lattice_of, side_by_side
 from bitlathe.numerics.project import Learned, dequantize, quantize, search
 from bitlathe.numerics.scheme import SCHEMES
 from bitlathe.numerics.solve import Hessian, descend, feed_back, prepared, refit, towards
@@ -41,18 +41,23 @@ def cost(w: Tensor, found: Tensor) -> float:
     return ((w - found) @ inputs().T).square().mean().item()
 
 
+def column_of(lattice: Lattice, column: int) -> Column:
+    (found,) = lattice.columns(column, column + 1)
+    return found
+
+
 @pytest.mark.parametrize("name", SCALED)
 def test_a_lattice_is_where_codes_lie(name: str) -> None:
     scheme, w = SCHEMES[name], weights(rows=131)
     learned = search(w, scheme)
     lattice = lattice_of(w, scheme, learned)
-    nearest = lattice.nearest(w.T, slice(None)).T
+    nearest = lattice.nearest(w.T).T
     codes = quantize(w, scheme, learned, at=nearest)
     assert torch.equal(codes.codes.view(torch.uint8), quantize(w, scheme, learned).codes.view(torch.uint8))
     # A zero point's product with the scale is rounded here, where it is not in a weight.
     torch.testing.assert_close(dequantize(codes, torch.float32), nearest, rtol=2**-20, atol=1e-6)
     for column in (0, 100, COLUMNS - 1):
-        assert torch.equal(lattice.nearest(w[:, column], column), nearest[:, column])
+        assert torch.equal(column_of(lattice, column).nearest(w[:, column]), nearest[:, column])
 
 
 @pytest.mark.parametrize("name", ["W3A16", "W4A16G32_ASYM", "MXFP4A16", "NVFP4A16", "Q4_K"])
@@ -61,7 +66,7 @@ def test_each_step_costs_less(name: str) -> None:
     learned = search(w, scheme, moments(inputs()).diagonal())
     lattice = lattice_of(w, scheme, learned).ordered(hessian.order)
     aim = w.T[hessian.order]
-    nearest = lattice.nearest(aim, slice(None))
+    nearest = lattice.nearest(aim)
     fed_back = feed_back(aim, lattice, hessian)
     once = descend(aim, fed_back, lattice, hessian)
     costs = [hessian.loss(aim - found) for found in (nearest, fed_back, once)]
@@ -79,7 +84,7 @@ def test_feedback_is_the_textbooks() -> None:
     left, inverse = w.T[hessian.order].double(), hessian.h.double().inverse()
     expected = torch.empty_like(left)
     for column in range(COLUMNS):
-        expected[column] = lattice.nearest(left[column].float(), column)
+        expected[column] = column_of(lattice, column).nearest(left[column].float())
         error = (left[column] - expected[column]) / inverse[column, column]
         left -= inverse[:, column, None] * error
         inverse = inverse - inverse[:, column, None] * inverse[column] / inverse[column, column]
@@ -101,7 +106,7 @@ def test_descent_ends_where_no_column_gains_alone() -> None:
     for column in (3, 77, 200):
         for by in (-1, 1):
             moved = found.clone()
-            moved[column] = lattice.nearest(found[column] + by * lattice.scale[column], column)
+            moved[column] = column_of(lattice, column).nearest(found[column] + by * lattice.scale[column])
             assert (hessian.loss(aim - moved) >= least * (1 - 1e-4)).all()
 
 
@@ -110,7 +115,7 @@ def test_refitted_scales_cost_less(name: str) -> None:
     scheme, w, h = SCHEMES[name], weights(), moments(inputs())
     learned = search(w, scheme)
     lattice = lattice_of(w, scheme, learned)
-    found = lattice.nearest(w.T, slice(None))
+    found = lattice.nearest(w.T)
     multiples = refit(w.T, found, h, width=scheme.block[1], ridge=0.0)
     wide = multiples.repeat_interleave(scheme.block[1], 0)
     before, after = ((h @ (w.T - x)).mul(w.T - x).sum(0) for x in (found, found * wide))

@@ -6,15 +6,32 @@ which a column lies together, and on columns in any order. Codes are made from w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bitlathe.numerics.grids import snap
+from bitlathe.numerics.grids import limits, snap
 from bitlathe.numerics.scales import Learned, cut, ends_of, scales_of
 from bitlathe.numerics.scheme import GRIDS, Grid, Scheme
+
+
+class Column(NamedTuple):
+    """One column of a lattice. bounds: of an integer grid. scale, taken: [rows]."""
+
+    grid: Grid
+    bounds: tuple[float, float] | None
+    scale: Tensor
+    taken: Tensor | None
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The numbers nearest to `x` [rows]. In place all the way: solvers come here once a column and pass."""
+        codes = x / self.scale if self.taken is None else (x + self.taken).div_(self.scale)
+        codes = snap(codes, self.grid) if self.bounds is None else codes.clamp_(*self.bounds).round_()
+        codes.mul_(self.scale)
+        return codes if self.taken is None else codes.sub_(self.taken)
 
 
 @dataclass(frozen=True)
@@ -26,9 +43,16 @@ class Lattice:
     scale: Tensor
     taken: Tensor | None
 
-    def nearest(self, x: Tensor, column: int | slice) -> Tensor:
-        """The numbers nearest to `x`: [rows] for a column, [columns of it, rows] for a slice."""
-        return self._numbers(self._codes(x, column), column)
+    def columns(self, start: int, end: int) -> Iterator[Column]:
+        """Each column from `start` to `end` on its own."""
+        bounds = limits(self.grid, unsigned=self.unsigned) if self.grid.kind == "int" else None
+        taken = [None] * (end - start) if self.taken is None else self.taken[start:end].unbind()
+        for scale, off in zip(self.scale[start:end].unbind(), taken, strict=True):
+            yield Column(self.grid, bounds, scale, off)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The numbers nearest to `x` [columns, rows]."""
+        return self._numbers(self._codes(x))
 
     def ordered(self, order: Tensor) -> Lattice:
         """The same with the columns in another order [columns]."""
@@ -41,20 +65,20 @@ class Lattice:
 
     def moved(self, x: Tensor, other: Lattice) -> Tensor:
         """The numbers [columns, rows] that another lattice of the same grid has for the codes that stand for `x` here."""
-        return other._numbers(self._codes(x, slice(None)), slice(None))
+        return other._numbers(self._codes(x))
 
     def mixed(self, other: Lattice, rows: Tensor) -> Lattice:
         """That of another one for some `rows` [rows], which are true, and this one for the others."""
         taken = None if self.taken is None or other.taken is None else torch.where(rows, other.taken, self.taken)
         return Lattice(self.grid, self.unsigned, torch.where(rows, other.scale, self.scale), taken)
 
-    def _codes(self, x: Tensor, column: int | slice) -> Tensor:
-        x = x / self.scale[column] if self.taken is None else (x + self.taken[column]).div_(self.scale[column])
+    def _codes(self, x: Tensor) -> Tensor:
+        x = x / self.scale if self.taken is None else (x + self.taken).div_(self.scale)
         return snap(x, self.grid, unsigned=self.unsigned)
 
-    def _numbers(self, codes: Tensor, column: int | slice) -> Tensor:
-        codes = codes.mul_(self.scale[column])
-        return codes if self.taken is None else codes.sub_(self.taken[column])
+    def _numbers(self, codes: Tensor) -> Tensor:
+        codes = codes.mul_(self.scale)
+        return codes if self.taken is None else codes.sub_(self.taken)
 
 
 def side_by_side(lattices: Sequence[Lattice]) -> Lattice:

@@ -71,11 +71,11 @@ def feed_back(wanted: Tensor, lattice: Lattice, moments: Hessian) -> Tensor:
         own, errors = left[start:end], torch.empty_like(left[start:end])
         inner = moments.factor[start:end, start:end]
         pivots = inner.diagonal().tolist()
-        for column in range(end - start):
-            landed = lattice.nearest(own[column], start + column)
-            found[start + column] = landed
-            error = torch.sub(own[column], landed, out=errors[column]).div_(pivots[column])
-            own[column + 1 :].addr_(inner[column, column + 1 :], error, alpha=-1)
+        columns = zip(found[start:end], own, errors, inner, pivots, lattice.columns(start, end), strict=True)
+        for number, (now, wished, error, reach, pivot, column) in enumerate(columns, 1):
+            now.copy_(column.nearest(wished))
+            torch.sub(wished, now, out=error).div_(pivot)
+            own[number:].addr_(reach[number:], error, alpha=-1)
         left[end:].addmm_(moments.factor[start:end, end:].T, errors, alpha=-1)
     return found
 
@@ -89,10 +89,10 @@ def descend(wanted: Tensor, found: Tensor, lattice: Lattice, moments: Hessian) -
         own, inner = pull[start:end], moments.h[start:end, start:end]
         before = found[start:end].clone()
         pivots = inner.diagonal().clamp(min=_LEAST).tolist()
-        for column in range(end - start):
-            now = found[start + column]
-            landed = lattice.nearest(torch.add(now, own[column], alpha=1 / pivots[column]), start + column)
-            own.addr_(inner[:, column], landed - now, alpha=-1)
+        columns = zip(found[start:end], own, inner, pivots, lattice.columns(start, end), strict=True)
+        for now, pulled, reach, pivot, column in columns:
+            landed = column.nearest(torch.add(now, pulled, alpha=1 / pivot))
+            own.addr_(reach, landed - now, alpha=-1)
             now.copy_(landed)
         moved = found[start:end] - before
         pull[:start].addmm_(moments.h[:start, start:end], moved, alpha=-1)
