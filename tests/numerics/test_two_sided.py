@@ -10,8 +10,8 @@ from bitlathe.numerics.lattice import Lattice, lattice_of, side_by_side
 from bitlathe.numerics.project import dequantize, quantize
 from bitlathe.numerics.scheme import SCHEMES
 from bitlathe.numerics.solve import Hessian, descend, feed_back, prepared
+from bitlathe.numerics.two_sided import Outputs, refitted, settled, two_sided
 from bitlathe.numerics.two_sided import lost as cost
-from bitlathe.numerics.two_sided import refitted, settled, two_sided
 
 COLUMNS = 128
 
@@ -48,7 +48,7 @@ def test_rows_make_up_for_each_other(scheme: str) -> None:
     moments, outputs = solvable(COLUMNS, 0), solvable(48, 1)
     aim, found, lattice, w = one_sided(48, scheme, 2, moments)
     g = outputs.h[outputs.order.argsort()][:, outputs.order.argsort()]
-    (better,) = two_sided([aim], [found], [lattice], moments, [outputs], passes=2)
+    (better,) = two_sided([aim], [found], [lattice], moments, [Outputs(outputs, 8)], passes=2)
     assert lost(aim - better, moments, g) < 0.85 * lost(aim - found, moments, g)
     # What comes out are numbers that codes stand for.
     at = better[moments.order.argsort()].T
@@ -60,7 +60,7 @@ def test_scales_are_refitted_to_what_other_rows_lack() -> None:
     """The same codes lose less on the scales that it gives, and what is moved on them after that less again."""
     moments, outputs = solvable(COLUMNS, 0), solvable(48, 1)
     aim, near, lattice, _ = one_sided(48, "W2A16G32", 2, moments)
-    metric = [outputs]
+    metric = [Outputs(outputs, 8)]
     found = two_sided([aim], [near], [lattice], moments, metric, passes=2)
     back = moments.order.argsort()
     h = moments.h[back][:, back]
@@ -70,7 +70,7 @@ def test_scales_are_refitted_to_what_other_rows_lack() -> None:
     scale = lattice.scale * multiples.repeat_interleave(32, 0)[moments.order]
     wider = Lattice(lattice.grid, lattice.unsigned, scale, None)
     (moved,) = settled([aim], [stretched], [wider], moments, metric, passes=1)
-    costs = [cost(aim, x, moments, outputs) for x in (found[0], stretched, moved)]
+    costs = [cost(aim, x, moments, metric[0]) for x in (found[0], stretched, moved)]
     assert costs[1] < 0.99 * costs[0] and costs[2] < costs[1]
     g = outputs.h[outputs.order.argsort()][:, outputs.order.argsort()]
     assert costs[0] == pytest.approx(lost(aim - found[0], moments, g), rel=1e-4)
@@ -81,7 +81,7 @@ def test_never_worse_than_what_it_is_given() -> None:
     moments, outputs = solvable(COLUMNS, 0), prepared(torch.eye(40), 0.0)
     assert outputs is not None
     aim, found, lattice, _ = one_sided(40, "W4A16G32", 3, moments)
-    (same,) = two_sided([aim], [found], [lattice], moments, [outputs], passes=0)
+    (same,) = two_sided([aim], [found], [lattice], moments, [Outputs(outputs, 8)], passes=0)
     g = torch.eye(40)
     assert lost(aim - same, moments, g) <= lost(aim - found, moments, g)
 
@@ -93,9 +93,9 @@ def test_linears_side_by_side_are_those_alone(rows: tuple[int, ...]) -> None:
     outputs = [solvable(count, 10 + index) for index, count in enumerate(rows)]
     cases = [one_sided(count, "W3A16G32", 20 + index, moments) for index, count in enumerate(rows)]
     aims, founds, lattices, _ = zip(*cases, strict=True)
-    together = two_sided(aims, founds, lattices, moments, outputs, passes=1)
+    together = two_sided(aims, founds, lattices, moments, [Outputs(own, 8) for own in outputs], passes=1)
     for index, both in enumerate(together):
-        (alone,) = two_sided([aims[index]], [founds[index]], [lattices[index]], moments, [outputs[index]], passes=1)
+        (alone,) = two_sided([aims[index]], [founds[index]], [lattices[index]], moments, [Outputs(outputs[index], 8)], passes=1)
         g = outputs[index].h[outputs[index].order.argsort()][:, outputs[index].order.argsort()]
         # Sums of other lengths may round otherwise, and a tie fall the other way.
         assert lost(aims[index] - both, moments, g) == pytest.approx(lost(aims[index] - alone, moments, g), rel=0.02)

@@ -22,8 +22,14 @@ from torch import Tensor
 from bitlathe.numerics.lattice import Lattice, side_by_side
 from bitlathe.numerics.solve import Hessian, descend, feed_back, refit
 
-# Rows of a slice hear nothing of each other. More slices lose less, and cost a pass over the columns each.
-_SLICES = 8
+
+@dataclass(frozen=True)
+class Outputs:
+    """What errors of a linear's outputs cost, and in how many slices its rows are solved. metric: G, as `prepared` gives it.
+    slices: rows of one hear nothing of each other; more of them lose less, and cost passes over the columns."""
+
+    metric: Hessian
+    slices: int
 
 
 @dataclass
@@ -34,30 +40,30 @@ class _Side:
     left: Tensor
     found: Tensor
     lattice: Lattice | None
-    outputs: Hessian
+    outputs: Outputs
 
     def slice(self, number: int) -> slice:
         """The rows of a slice; none, where there are fewer rows than slices."""
-        rows = self.wanted.shape[1]
-        return slice(number * rows // _SLICES, (number + 1) * rows // _SLICES)
+        rows, slices = self.wanted.shape[1], self.outputs.slices
+        return slice(number * rows // slices, (number + 1) * rows // slices)
 
     def feed(self, rows: slice) -> None:
         """Have the error of a slice made up for by the rows that are still to come."""
         error = self.left[:, rows] - self.found[:, rows]
-        factor = self.outputs.factor
+        factor = self.outputs.metric.factor
         error = torch.linalg.solve_triangular(factor[rows, rows], error, upper=True, left=False)
         self.left[:, rows.stop :] -= error @ factor[rows, rows.stop :]
 
     def aim(self, rows: slice) -> Tensor:
         """What a slice would best be with all others as they are."""
-        g, error = self.outputs.h, self.wanted - self.found
+        g, error = self.outputs.metric.h, self.wanted - self.found
         pull = error @ g[:, rows] - error[:, rows] @ g[rows, rows]
         return self.wanted[:, rows] + torch.linalg.solve(g[rows, rows], pull, left=False)
 
     def lost(self, moments: Hessian) -> float:
         """What its errors cost by now."""
         error = self.wanted - self.found
-        return (moments.h @ error @ self.outputs.h).mul_(error).sum(dtype=torch.float64).item()
+        return (moments.h @ error @ self.outputs.metric.h).mul_(error).sum(dtype=torch.float64).item()
 
 
 def two_sided(
@@ -65,14 +71,14 @@ def two_sided(
     found: Sequence[Tensor],
     lattices: Sequence[Lattice],
     moments: Hessian,
-    outputs: Sequence[Hessian],
+    outputs: Sequence[Outputs],
     *,
     passes: int,
 ) -> list[Tensor]:
     """Numbers of the lattices [columns, rows] near to `wanted` that lose least of the predictions; none more than `found` does.
 
-    One of each for every linear that reads the same, with columns in the moments' order and rows as they come. outputs: G, as
-    `prepared` gives it. passes: of coordinate descent, for each slice alone and then with all others.
+    One of each for every linear that reads the same, with columns in the moments' order and rows as they come. passes: of
+    coordinate descent, for each slice alone and then with all others.
     """
     sides = _sides(wanted, found, lattices, outputs)
     return _best(sides, moments, outputs, chain(_fed(sides, moments, passes), _again(sides, moments, passes)))
@@ -83,7 +89,7 @@ def settled(
     found: Sequence[Tensor],
     lattices: Sequence[Lattice],
     moments: Hessian,
-    outputs: Sequence[Hessian],
+    outputs: Sequence[Outputs],
     *,
     passes: int,
 ) -> list[Tensor]:
@@ -93,51 +99,52 @@ def settled(
 
 
 def refitted(
-    wanted: Sequence[Tensor], found: Sequence[Tensor], h: Tensor, outputs: Sequence[Hessian], *, width: int, ridge: float
+    wanted: Sequence[Tensor], found: Sequence[Tensor], h: Tensor, outputs: Sequence[Outputs], *, width: int, ridge: float
 ) -> list[Tensor]:
     """See `solve.refit`: multiples [groups, rows] of the scales with which the same codes lose less, each slice with all others
     as they are by then. Columns in their own order, here and in `h`."""
     multiples = []
-    for aim, near, metric in zip(wanted, found, outputs, strict=True):
-        order = metric.order
-        side = _Side(aim[:, order], aim, near[:, order], None, metric)
+    for aim, near, rows_of in zip(wanted, found, outputs, strict=True):
+        order = rows_of.metric.order
+        side = _Side(aim[:, order], aim, near[:, order], None, rows_of)
         own = []
-        for rows in map(side.slice, range(_SLICES)):
+        for rows in map(side.slice, range(rows_of.slices)):
             own.append(refit(side.aim(rows), side.found[:, rows], h, width=width, ridge=ridge))
             side.found[:, rows] *= own[-1].repeat_interleave(width, 0)
         multiples.append(torch.cat(own, dim=1)[:, order.argsort()])
     return multiples
 
 
-def lost(wanted: Tensor, found: Tensor, moments: Hessian, outputs: Hessian) -> float:
+def lost(wanted: Tensor, found: Tensor, moments: Hessian, outputs: Outputs) -> float:
     """What an error [columns, rows] costs; columns in the moments' order, rows as they come."""
-    order = outputs.order
+    order = outputs.metric.order
     return _Side(wanted[:, order], wanted, found[:, order], None, outputs).lost(moments)
 
 
 def _sides(
-    wanted: Sequence[Tensor], found: Sequence[Tensor], lattices: Sequence[Lattice], outputs: Sequence[Hessian]
+    wanted: Sequence[Tensor], found: Sequence[Tensor], lattices: Sequence[Lattice], outputs: Sequence[Outputs]
 ) -> list[_Side]:
-    return [
-        _Side(aim[:, metric.order], aim[:, metric.order], near[:, metric.order], lattice.part(metric.order), metric)
-        for aim, near, lattice, metric in zip(wanted, found, lattices, outputs, strict=True)
-    ]
+    sides = []
+    for aim, near, lattice, own in zip(wanted, found, lattices, outputs, strict=True):
+        order = own.metric.order
+        sides.append(_Side(aim[:, order], aim[:, order], near[:, order], lattice.part(order), own))
+    return sides
 
 
-def _best(sides: list[_Side], moments: Hessian, outputs: Sequence[Hessian], rounds: Iterable[None]) -> list[Tensor]:
+def _best(sides: list[_Side], moments: Hessian, outputs: Sequence[Outputs], rounds: Iterable[None]) -> list[Tensor]:
     """Of what is found after each round and before the first, what loses least, linear by linear."""
     best = [(side.lost(moments), side.found) for side in sides]
     for _ in rounds:
         now = [(side.lost(moments), side.found) for side in sides]
         best = [min(pair, key=lambda one: one[0]) for pair in zip(best, now, strict=True)]
-    return [kept[:, metric.order.argsort()] for (_, kept), metric in zip(best, outputs, strict=True)]
+    return [kept[:, own.metric.order.argsort()] for (_, kept), own in zip(best, outputs, strict=True)]
 
 
 def _fed(sides: list[_Side], moments: Hessian, passes: int) -> Iterator[None]:
     """Go over all slices, each of which feeds its error into those that are still to come."""
     for side in sides:
         side.found = torch.empty_like(side.wanted)
-    for number in range(_SLICES):
+    for number in range(sides[0].outputs.slices):
         rows = [side.slice(number) for side in sides]
         own = [side.left[:, place] for side, place in zip(sides, rows, strict=True)]
         lattice, aim = _beside(sides, rows), torch.cat(own, dim=1)
@@ -155,7 +162,7 @@ def _again(sides: list[_Side], moments: Hessian, passes: int) -> Iterator[None]:
     for _ in range(passes):
         for side in sides:
             side.found = side.found.clone()
-        for number in range(_SLICES):
+        for number in range(sides[0].outputs.slices):
             rows = [side.slice(number) for side in sides]
             aim = torch.cat([side.aim(place) for side, place in zip(sides, rows, strict=True)], dim=1)
             now = torch.cat([side.found[:, place] for side, place in zip(sides, rows, strict=True)], dim=1)

@@ -26,7 +26,7 @@ from bitlathe.numerics.lattice import Lattice, lattice_of, side_by_side
 from bitlathe.numerics.project import Learned, quantize, search
 from bitlathe.numerics.scheme import GRIDS, Scheme
 from bitlathe.numerics.solve import Hessian, descend, feed_back, prepared, refit, towards
-from bitlathe.numerics.two_sided import lost, refitted, settled, two_sided
+from bitlathe.numerics.two_sided import Outputs, lost, refitted, settled, two_sided
 from bitlathe.tune.base import Listen, Needs, Tuned, error_between, held_out
 from bitlathe.tune.fisher import metrics_of
 from bitlathe.tune.grams import Gram, blended, grams_of
@@ -42,6 +42,7 @@ _ALL, _HALF = (1.0, 0.03), (0.5, 0.1)
 _NEVER = 4  # tokens a channel, below which nothing is made up for
 _REFIT_RIDGE = 0.01
 _AT_A_TIME = 1 << 25  # weights that are solved together
+_FINER = 2  # times as many slices and gradients for the best effort
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,11 @@ class ClosedForm:
         """The tuner that a recipe's options ask for."""
         if options.effort == "fast":
             return Rtn(searched=True, batch_size=options.batch_size)
-        steps = options.closed_form.end_to_end if options.effort == "best" else 0
-        return cls(batch_size=options.batch_size, options=options.closed_form, end_to_end=steps)
+        asked = options.closed_form
+        if options.effort == "normal":
+            return cls(batch_size=options.batch_size, options=asked)
+        finer = asked.model_copy(update={"slices": _FINER * asked.slices, "gradients": _FINER * asked.gradients})
+        return cls(batch_size=options.batch_size, options=finer, end_to_end=asked.end_to_end)
 
     @torch.no_grad()
     def tune(self, step: Step, schemes: Mapping[str, Scheme], listen: Listen) -> Tuned:
@@ -215,7 +219,7 @@ def _across(tried: list[_Found], hessian: Hessian, outputs: Mapping[str, Hessian
     for one in tried:
         works.append(one.work)
         wanted.append(one.wanted.T[order])
-        metrics.append(outputs[one.work.name])
+        metrics.append(Outputs(outputs[one.work.name], options.slices))
     lattices = [work.lattice().ordered(order) for work in works]
     near = [one.weight.T[order] for one in tried]
     found = two_sided(wanted, near, lattices, hessian, metrics, passes=options.passes)
