@@ -53,12 +53,13 @@ def test_attention_runs_once_and_the_output_is_the_same() -> None:
         runs, made = runs_of_attention(block, passage, BATCHES)
         assert runs == expected
         assert all(torch.equal(own, other) for own, other in zip(made, wanted, strict=True))
-    # Sequences that were kept in two batches, and some that were in none.
-    with torch.no_grad():
-        assert torch.equal(passage(slice(3, 8)), block(step.inputs[slice(3, 8)]))
-    whole = passage_of(step)
-    whole(BATCHES[0])
-    assert runs_of_attention(block, whole, [slice(0, SEQUENCES)])[0] == 1
+    # Other batches run anew, and those that share sequences with them do after that.
+    across = slice(3, 8)
+    for batches, expected in (([across], 1), ([across], 0), (BATCHES, 2), (BATCHES, 0)):
+        runs, made = runs_of_attention(block, passage, batches)
+        with torch.no_grad():
+            assert runs == expected
+            assert all(torch.equal(own, block(step.inputs[batch])) for own, batch in zip(made, batches, strict=True))
 
 
 def test_what_is_kept_goes_with_what_came_before_it() -> None:
@@ -87,20 +88,25 @@ def test_a_run_that_is_cut_short_keeps_what_it_saw() -> None:
     passage, last = passage_of(step), step.block.attending[-1]
     found = read(passage, BATCHES[0], [last])[last].x
     assert runs_of_attention(step.block, passage, BATCHES[:1])[0] == 0
+    attention = step.block.module.get_submodule(step.block.inner(step.block.attention or ""))
     assert torch.equal(read(passage, BATCHES[0], [last])[last].x, found)
+    assert step.block.module.get_submodule(step.block.inner(step.block.attention or "")) is attention
+    # Linears that do not run where attention is recalled are reached all the same.
+    first = step.block.attending[0]
+    assert set(read(passage, BATCHES[0], [first, last])) == {first, last}
 
 
-def test_a_passage_advances_in_place_or_into_others() -> None:
+def test_a_passage_advances_in_place_and_forgets_what_it_kept() -> None:
     step = turn(streams=1)
     assert step.inputs is not None
-    with torch.no_grad():
-        wanted = step.block(step.inputs[slice(0, SEQUENCES)])
-    into = Hidden(torch.zeros_like(wanted), CPU)
+    everything = slice(0, SEQUENCES)
     passage = passage_of(step)
-    passage.advance(SEQUENCES, into=into)
-    assert torch.equal(into[slice(0, SEQUENCES)], wanted) and not torch.equal(step.inputs[slice(0, SEQUENCES)], wanted)
-    passage.advance(SEQUENCES)
-    assert torch.equal(step.inputs[slice(0, SEQUENCES)], wanted)
+    for _ in range(2):
+        with torch.no_grad():
+            wanted = step.block(step.inputs[everything])
+        assert torch.equal(passage(everything), wanted)
+        passage.advance(SEQUENCES)
+        assert torch.equal(step.inputs[everything], wanted)
 
 
 class Scaled(nn.Module):

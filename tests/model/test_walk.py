@@ -86,12 +86,12 @@ def test_a_second_read_of_a_block_gives_the_same_bytes(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in names)
 
 
-@pytest.mark.parametrize("streams", [0, 1, 2])
-def test_only_two_blocks_are_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: int) -> None:
+@pytest.mark.parametrize(("streams", "beside"), [(0, False), (1, False), (2, False), (2, True)])
+def test_only_two_blocks_are_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: int, *, beside: bool) -> None:
     """The block whose turn it is and the one that is read ahead, at any moment, though the body keeps its steps."""
     save_model(tmp_path, num_hidden_layers=6)
     skeleton, weights = open_model(Checkpoint(tmp_path), device=CPU)
-    start = begin(skeleton, weights, TOKENS, Budget(2**30, tmp_path), streams=streams)
+    start = begin(skeleton, weights, TOKENS, Budget(2**30, tmp_path), streams=streams, beside=beside)
     seen: list[weakref.WeakSet[Tensor]] = []
     alive: list[int] = []
     read_all, run = Weights.read, Block.__call__

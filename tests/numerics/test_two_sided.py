@@ -10,8 +10,7 @@ from bitlathe.numerics.lattice import Lattice, lattice_of, side_by_side
 from bitlathe.numerics.project import dequantize, quantize
 from bitlathe.numerics.scheme import SCHEMES
 from bitlathe.numerics.solve import Hessian, descend, feed_back, prepared
-from bitlathe.numerics.two_sided import Outputs, refitted, settled, two_sided
-from bitlathe.numerics.two_sided import lost as cost
+from bitlathe.numerics.two_sided import Outputs, cost, refitted, settled, two_sided
 
 COLUMNS = 128
 

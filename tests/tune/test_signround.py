@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,15 @@ def test_a_block_is_done_when_nothing_better_is_found(patience: int) -> None:
     tuned, told = tune(turn(streams=2), "W4A16G32", iters=8, lr=0.5, check_every=2, patience=patience)
     assert [step for step, _, _ in told] == [2, 4, 6, 8][: patience or None]
     assert tuned.after == tuned.before and same_codes(tuned.layers, plain("W4A16G32"))
+
+
+def test_a_better_state_renews_the_patience() -> None:
+    for patience in (0, 1):
+        _, told = tune(turn(streams=2), iters=6, check_every=1, patience=patience)
+        errors = [error for _, _, error in told]
+        assert [step for step, _, _ in told] == list(range(1, len(told) + 1)) and errors[1] < errors[0]
+        # Without patience all steps are taken; with a little, the first look that finds nothing better is the last.
+        assert len(told) == 6 if patience == 0 else all(a > b for a, b in pairwise(errors[:-1]))
 
 
 def test_the_same_seed_gives_the_same_codes_and_another_others() -> None:

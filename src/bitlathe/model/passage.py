@@ -23,15 +23,17 @@ class Passage:
     """block: as it is by now. received: what it receives. room: for what the last linear of its attention reads [sequences,
     tokens, inputs]; None where that is not to be kept.
 
-    What was kept holds as long as the linears before the last one are what they were. It is not kept for a block whose
-    attention does something with what its last linear makes, or reads another width than there is room for.
+    What was kept holds as long as the weights and stages of the linears before the last one are what they were; norms, biases
+    and how a cache is rounded must not change. It serves the very batches that it was kept of: a device may sum otherwise in
+    others. It is not kept for a block whose attention does something with what its last linear makes, or reads another width
+    than there is room for.
     """
 
     block: Block
     received: Hidden
     room: Hidden | None = None
-    _kept: set[int] = field(default_factory=set, repr=False)
-    _before: list[StagedLinear] = field(default_factory=list, repr=False)
+    _kept: set[tuple[int, int]] = field(default_factory=set, repr=False)
+    _before: list[tuple[Tensor, nn.Module]] = field(default_factory=list, repr=False)
     _last: str | None = field(default=None, repr=False)
     _beside: int = field(default=0, repr=False)
 
@@ -50,11 +52,20 @@ class Passage:
         with self._recalled(self._last, batch):
             return run(x)
 
-    def advance(self, batch_size: int, *, into: Hidden | None = None) -> None:
-        """Put what the block makes in the place of what it received, or `into` others."""
-        into = self.received if into is None else into
+    def advance(self, batch_size: int) -> None:
+        """Put what the block makes in the place of what it received."""
         for batch in self.received.batches(batch_size):
-            into[batch] = self(batch)
+            self.received[batch] = self(batch)
+        self._kept.clear()
+
+    def run_whole(self, batch: slice) -> Tensor:
+        """The same as a call, with all of the attention."""
+        self._kept.discard(self._ends(batch))
+        return self(batch)
+
+    def _ends(self, batch: slice) -> tuple[int, int]:
+        start, stop, _ = batch.indices(len(self.received))
+        return start, stop
 
     @torch.no_grad()
     def _look(self, last: str) -> int:
@@ -76,15 +87,18 @@ class Passage:
         """While open, attention does not run for a batch that is kept; that of another one is kept."""
         room, block = self.room, self.block
         assert room is not None and block.attention is not None
-        rows, now = range(len(self.received))[batch], [block.linear(name) for name in block.attending[:-1]]
+        linears = [block.linear(name) for name in block.attending[:-1]]
+        ends, now = self._ends(batch), [(linear.weight.detach(), linear.stage) for linear in linears]
         if not _same(now, self._before):
-            self._kept, self._before = set(), now
+            self._kept.clear()
+        self._before = now
 
         def keep(_: str, x: Tensor) -> None:
             room[batch] = x
-            self._kept.update(rows)
+            # What shares sequences with it is written over.
+            self._kept = {other for other in self._kept if other[1] <= ends[0] or ends[1] <= other[0]} | {ends}
 
-        if self._kept.issuperset(rows):
+        if ends in self._kept:
             with block.replaced(block.attention, _Recalled(block.linear(last), room[batch], self._beside)):
                 yield
         else:
@@ -105,9 +119,9 @@ class _Recalled(nn.Module):
         return (made, *[None] * self.beside) if self.beside else made
 
 
-def _same(now: list[StagedLinear], before: list[StagedLinear]) -> bool:
-    """Whether linears make the same of the same, as far as their weights and stages say."""
+def _same(now: list[tuple[Tensor, nn.Module]], before: list[tuple[Tensor, nn.Module]]) -> bool:
+    """Whether linears of these weights and stages make the same of the same."""
     return len(now) == len(before) and all(
-        own is old or (own.stage is old.stage and torch.equal(own.weight, old.weight))
-        for own, old in zip(now, before, strict=True)
+        stage is old_stage and (weight.data_ptr() == old.data_ptr() or torch.equal(weight, old))
+        for (weight, stage), (old, old_stage) in zip(now, before, strict=True)
     )

@@ -83,7 +83,7 @@ def walk(skeleton: Skeleton, weights: Weights, start: Start, *, batch_size: int)
     """
     inputs, second = (*start.streams, None, None)[:2]
     for block in _read_ahead(skeleton, weights, start.calls):
-        sides = None
+        sides: tuple[Passage, Passage] | None = None
         if start.rooms:
             assert inputs is not None and second is not None
             sides = Passage(block, inputs, start.rooms[0]), Passage(block.twin(), second, start.rooms[1])
@@ -93,10 +93,16 @@ def walk(skeleton: Skeleton, weights: Weights, start: Start, *, batch_size: int)
         yield (step := Step(block, inputs, None if sides else second, sides, gradient))
         # The body's own name for the step lasts until it is given the next one, and the blocks must not.
         del step.block, step.sides
-        for passage in sides or ([] if inputs is None else [Passage(block, inputs)]):
-            passage.advance(batch_size)
-            del passage
-        del block, sides
+        if sides is not None:
+            ours, original = sides
+            del sides
+            original.advance(batch_size)
+            del original  # it holds a block of its own
+            ours.advance(batch_size)
+            del ours
+        elif inputs is not None:
+            Passage(block, inputs).advance(batch_size)
+        del block
 
 
 @dataclass(frozen=True)

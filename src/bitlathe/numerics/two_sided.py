@@ -115,7 +115,7 @@ def refitted(
     return multiples
 
 
-def lost(wanted: Tensor, found: Tensor, moments: Hessian, outputs: Outputs) -> float:
+def cost(wanted: Tensor, found: Tensor, moments: Hessian, outputs: Outputs) -> float:
     """What an error [columns, rows] costs; columns in the moments' order, rows as they come."""
     order = outputs.metric.order
     return _Side(wanted[:, order], wanted, found[:, order], None, outputs).lost(moments)

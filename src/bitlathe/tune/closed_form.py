@@ -26,7 +26,7 @@ from bitlathe.numerics.lattice import Lattice, lattice_of, side_by_side
 from bitlathe.numerics.project import Learned, quantize, search
 from bitlathe.numerics.scheme import GRIDS, Scheme
 from bitlathe.numerics.solve import Hessian, descend, feed_back, prepared, refit, towards
-from bitlathe.numerics.two_sided import Outputs, lost, refitted, settled, two_sided
+from bitlathe.numerics.two_sided import Outputs, cost, refitted, settled, two_sided
 from bitlathe.tune.base import Listen, Needs, Tuned, error_between, held_out
 from bitlathe.tune.fisher import metrics_of
 from bitlathe.tune.grams import Gram, blended, grams_of
@@ -221,8 +221,8 @@ def _across(tried: list[_Found], hessian: Hessian, outputs: Mapping[str, Hessian
         wanted.append(one.wanted.T[order])
         metrics.append(Outputs(outputs[one.work.name], options.slices))
     lattices = [work.lattice().ordered(order) for work in works]
-    near = [one.weight.T[order] for one in tried]
-    found = two_sided(wanted, near, lattices, hessian, metrics, passes=options.passes)
+    found = [one.weight.T[order] for one in tried]
+    found = two_sided(wanted, found, lattices, hessian, metrics, passes=options.passes)
     scheme, h = works[0].scheme, hessian.h[back][:, back]
     for _ in range(options.refits if _refits(scheme) else 0):
         own = [x[back] for x in found]
@@ -233,7 +233,7 @@ def _across(tried: list[_Found], hessian: Hessian, outputs: Mapping[str, Hessian
         moved = [lattice.moved(x, other) for lattice, x, other in zip(lattices, found, others, strict=True)]
         moved = settled(wanted, moved, others, hessian, metrics, passes=1)
         for index, metric in enumerate(metrics):
-            if lost(wanted[index], moved[index], hessian, metric) < lost(wanted[index], found[index], hessian, metric):
+            if cost(wanted[index], moved[index], hessian, metric) < cost(wanted[index], found[index], hessian, metric):
                 works[index], lattices[index], found[index] = stretched[index], others[index], moved[index]
     parts = zip(tried, works, found, strict=True)
     return [replace(one, work=work, weight=x[back].T.contiguous()) for one, work, x in parts]

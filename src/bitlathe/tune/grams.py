@@ -70,7 +70,9 @@ def read(passage: Passage, batch: slice, names: Iterable[str]) -> dict[str, _Rea
             raise _Enough
 
     with block.given(norms, beside.__setitem__), block.watch(wanted, see), suppress(_Enough):
-        passage(batch)
+        # What is kept of an attention does not reach the linears before its last one.
+        run = passage.run_whole if wanted.intersection(block.attending[:-1]) else passage
+        run(batch)
     return found
 
 
@@ -92,7 +94,7 @@ def grams_of(step: Step, names: Iterable[str], *, batches: Iterable[slice]) -> d
                 grams[name] = Gram(own.x.new_zeros(inputs, inputs, dtype=torch.float32))
             _add(grams[name], own, paired, original.block.linear(name).weight)
     for gram in grams.values():
-        gram.h = gram.h.triu() + gram.h.triu(1).T
+        _mirror(gram.h)
     return grams
 
 
@@ -126,6 +128,13 @@ def _add_products(h: Tensor, x: Tensor) -> None:
     """Add x^T x to h, which is symmetric: what lies below its diagonal is left for the end, but for what a block holds."""
     for start in range(0, len(h), _WIDE):
         h[start : start + _WIDE, start:].addmm_(x[:, start : start + _WIDE].T, x[:, start:])
+
+
+def _mirror(h: Tensor) -> None:
+    """Put what lies above the diagonal below it too, some rows at a time."""
+    for start in range(0, len(h), _WIDE):
+        own = slice(start, start + _WIDE)
+        h[own.stop :, own] = h[own, own.stop :].T
 
 
 def _with(total: Tensor | None, error: Tensor, x: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class SignRound:
                 in_vain += 1
                 if error < best:
                     best, state, in_vain = error, [parameter.detach().clone() for parameter in parameters], 0
-                if in_vain == self.options.patience:
+                if 0 < self.options.patience <= in_vain:
                     break
         for parameter, kept in zip(parameters, state, strict=True):
             parameter.data.copy_(kept)
