@@ -19,7 +19,11 @@ from bitlathe.numerics.scheme import GRIDS, Grid, Scheme
 
 
 class Column(NamedTuple):
-    """One column of a lattice. bounds: of an integer grid. scale, taken: [rows]."""
+    """Where the numbers of one column [rows] may lie, or of a whole lattice. bounds: of an integer grid. scale, taken: of the
+    same shape.
+
+    In place all the way: solvers come here once a column and pass.
+    """
 
     grid: Grid
     bounds: tuple[float, float] | None
@@ -27,9 +31,16 @@ class Column(NamedTuple):
     taken: Tensor | None
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The numbers nearest to `x` [rows]. In place all the way: solvers come here once a column and pass."""
+        """The numbers nearest to `x`."""
+        return self.numbers(self.codes(x))
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The codes that stand for what is nearest to `x`."""
         codes = x / self.scale if self.taken is None else (x + self.taken).div_(self.scale)
-        codes = snap(codes, self.grid) if self.bounds is None else codes.clamp_(*self.bounds).round_()
+        return snap(codes, self.grid) if self.bounds is None else codes.clamp_(*self.bounds).round_()
+
+    def numbers(self, codes: Tensor) -> Tensor:
+        """What codes stand for, in their place."""
         codes.mul_(self.scale)
         return codes if self.taken is None else codes.sub_(self.taken)
 
@@ -45,14 +56,14 @@ class Lattice:
 
     def columns(self, start: int, end: int) -> Iterator[Column]:
         """Each column from `start` to `end` on its own."""
-        bounds = limits(self.grid, unsigned=self.unsigned) if self.grid.kind == "int" else None
+        bounds = self._whole.bounds
         taken = [None] * (end - start) if self.taken is None else self.taken[start:end].unbind()
         for scale, off in zip(self.scale[start:end].unbind(), taken, strict=True):
             yield Column(self.grid, bounds, scale, off)
 
     def nearest(self, x: Tensor) -> Tensor:
         """The numbers nearest to `x` [columns, rows]."""
-        return self._numbers(self._codes(x))
+        return self._whole.nearest(x)
 
     def ordered(self, order: Tensor) -> Lattice:
         """The same with the columns in another order [columns]."""
@@ -65,20 +76,17 @@ class Lattice:
 
     def moved(self, x: Tensor, other: Lattice) -> Tensor:
         """The numbers [columns, rows] that another lattice of the same grid has for the codes that stand for `x` here."""
-        return other._numbers(self._codes(x))
+        return other._whole.numbers(self._whole.codes(x))
 
     def mixed(self, other: Lattice, rows: Tensor) -> Lattice:
         """That of another one for some `rows` [rows], which are true, and this one for the others."""
         taken = None if self.taken is None or other.taken is None else torch.where(rows, other.taken, self.taken)
         return Lattice(self.grid, self.unsigned, torch.where(rows, other.scale, self.scale), taken)
 
-    def _codes(self, x: Tensor) -> Tensor:
-        x = x / self.scale if self.taken is None else (x + self.taken).div_(self.scale)
-        return snap(x, self.grid, unsigned=self.unsigned)
-
-    def _numbers(self, codes: Tensor) -> Tensor:
-        codes = codes.mul_(self.scale)
-        return codes if self.taken is None else codes.sub_(self.taken)
+    @property
+    def _whole(self) -> Column:
+        bounds = limits(self.grid, unsigned=self.unsigned) if self.grid.kind == "int" else None
+        return Column(self.grid, bounds, self.scale, self.taken)
 
 
 def side_by_side(lattices: Sequence[Lattice]) -> Lattice:

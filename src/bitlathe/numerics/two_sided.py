@@ -34,25 +34,29 @@ class Outputs:
 
 @dataclass
 class _Side:
-    """One linear, its rows in the order of its G. left: what is still to come near to; found: what it is by now."""
+    """One linear, its rows in the order of its G. found: what it is by now."""
 
     wanted: Tensor
-    left: Tensor
     found: Tensor
-    lattice: Lattice | None
     outputs: Outputs
+
+    @classmethod
+    def of(cls, wanted: Tensor, found: Tensor, outputs: Outputs) -> _Side:
+        """Of rows as they come."""
+        order = outputs.metric.order
+        return cls(wanted[:, order], found[:, order], outputs)
 
     def slice(self, number: int) -> slice:
         """The rows of a slice; none, where there are fewer rows than slices."""
         rows, slices = self.wanted.shape[1], self.outputs.slices
         return slice(number * rows // slices, (number + 1) * rows // slices)
 
-    def feed(self, rows: slice) -> None:
-        """Have the error of a slice made up for by the rows that are still to come."""
-        error = self.left[:, rows] - self.found[:, rows]
+    def feed(self, left: Tensor, rows: slice) -> None:
+        """Have the error of a slice made up for by the rows that are still to come, in what they are `left` to come near to."""
+        error = left[:, rows] - self.found[:, rows]
         factor = self.outputs.metric.factor
         error = torch.linalg.solve_triangular(factor[rows, rows], error, upper=True, left=False)
-        self.left[:, rows.stop :] -= error @ factor[rows, rows.stop :]
+        left[:, rows.stop :] -= error @ factor[rows, rows.stop :]
 
     def aim(self, rows: slice) -> Tensor:
         """What a slice would best be with all others as they are."""
@@ -80,8 +84,8 @@ def two_sided(
     One of each for every linear that reads the same, with columns in the moments' order and rows as they come. passes: of
     coordinate descent, for each slice alone and then with all others.
     """
-    sides = _sides(wanted, found, lattices, outputs)
-    return _best(sides, moments, outputs, chain(_fed(sides, moments, passes), _again(sides, moments, passes)))
+    sides, lattices = _sides(wanted, found, outputs), _parts(lattices, outputs)
+    return _best(sides, moments, chain(_fed(sides, lattices, moments, passes), _again(sides, lattices, moments, passes)))
 
 
 def settled(
@@ -94,8 +98,8 @@ def settled(
     passes: int,
 ) -> list[Tensor]:
     """The same, from `found` on, which lies on the lattices, by descent alone."""
-    sides = _sides(wanted, found, lattices, outputs)
-    return _best(sides, moments, outputs, _again(sides, moments, passes))
+    sides, lattices = _sides(wanted, found, outputs), _parts(lattices, outputs)
+    return _best(sides, moments, _again(sides, lattices, moments, passes))
 
 
 def refitted(
@@ -104,60 +108,57 @@ def refitted(
     """See `solve.refit`: multiples [groups, rows] of the scales with which the same codes lose less, each slice with all others
     as they are by then. Columns in their own order, here and in `h`."""
     multiples = []
-    for aim, near, rows_of in zip(wanted, found, outputs, strict=True):
-        order = rows_of.metric.order
-        side = _Side(aim[:, order], aim, near[:, order], None, rows_of)
+    for side in _sides(wanted, found, outputs):
         own = []
-        for rows in map(side.slice, range(rows_of.slices)):
+        for rows in map(side.slice, range(side.outputs.slices)):
             own.append(refit(side.aim(rows), side.found[:, rows], h, width=width, ridge=ridge))
             side.found[:, rows] *= own[-1].repeat_interleave(width, 0)
-        multiples.append(torch.cat(own, dim=1)[:, order.argsort()])
+        multiples.append(torch.cat(own, dim=1)[:, side.outputs.metric.order.argsort()])
     return multiples
 
 
 def cost(wanted: Tensor, found: Tensor, moments: Hessian, outputs: Outputs) -> float:
     """What an error [columns, rows] costs; columns in the moments' order, rows as they come."""
-    order = outputs.metric.order
-    return _Side(wanted[:, order], wanted, found[:, order], None, outputs).lost(moments)
+    return _Side.of(wanted, found, outputs).lost(moments)
 
 
-def _sides(
-    wanted: Sequence[Tensor], found: Sequence[Tensor], lattices: Sequence[Lattice], outputs: Sequence[Outputs]
-) -> list[_Side]:
-    sides = []
-    for aim, near, lattice, own in zip(wanted, found, lattices, outputs, strict=True):
-        order = own.metric.order
-        sides.append(_Side(aim[:, order], aim[:, order], near[:, order], lattice.part(order), own))
-    return sides
+def _sides(wanted: Sequence[Tensor], found: Sequence[Tensor], outputs: Sequence[Outputs]) -> list[_Side]:
+    return [_Side.of(*each) for each in zip(wanted, found, outputs, strict=True)]
 
 
-def _best(sides: list[_Side], moments: Hessian, outputs: Sequence[Outputs], rounds: Iterable[None]) -> list[Tensor]:
+def _parts(lattices: Sequence[Lattice], outputs: Sequence[Outputs]) -> list[Lattice]:
+    """Lattices with rows in the order of G."""
+    return [lattice.part(own.metric.order) for lattice, own in zip(lattices, outputs, strict=True)]
+
+
+def _best(sides: list[_Side], moments: Hessian, rounds: Iterable[None]) -> list[Tensor]:
     """Of what is found after each round and before the first, what loses least, linear by linear."""
     best = [(side.lost(moments), side.found) for side in sides]
     for _ in rounds:
         now = [(side.lost(moments), side.found) for side in sides]
         best = [min(pair, key=lambda one: one[0]) for pair in zip(best, now, strict=True)]
-    return [kept[:, own.metric.order.argsort()] for (_, kept), own in zip(best, outputs, strict=True)]
+    return [kept[:, side.outputs.metric.order.argsort()] for (_, kept), side in zip(best, sides, strict=True)]
 
 
-def _fed(sides: list[_Side], moments: Hessian, passes: int) -> Iterator[None]:
+def _fed(sides: list[_Side], lattices: list[Lattice], moments: Hessian, passes: int) -> Iterator[None]:
     """Go over all slices, each of which feeds its error into those that are still to come."""
+    left = [side.wanted.clone() for side in sides]
     for side in sides:
         side.found = torch.empty_like(side.wanted)
     for number in range(sides[0].outputs.slices):
         rows = [side.slice(number) for side in sides]
-        own = [side.left[:, place] for side, place in zip(sides, rows, strict=True)]
-        lattice, aim = _beside(sides, rows), torch.cat(own, dim=1)
+        own = [each[:, place] for each, place in zip(left, rows, strict=True)]
+        lattice, aim = _beside(lattices, rows), torch.cat(own, dim=1)
         landed = feed_back(aim, lattice, moments)
         for _ in range(passes):
             landed = descend(aim, landed, lattice, moments)
         _put(sides, rows, landed)
-        for side, place in zip(sides, rows, strict=True):
-            side.feed(place)
+        for side, each, place in zip(sides, left, rows, strict=True):
+            side.feed(each, place)
     yield
 
 
-def _again(sides: list[_Side], moments: Hessian, passes: int) -> Iterator[None]:
+def _again(sides: list[_Side], lattices: list[Lattice], moments: Hessian, passes: int) -> Iterator[None]:
     """Go over all slices again and again, each with all others as they are."""
     for _ in range(passes):
         for side in sides:
@@ -166,13 +167,12 @@ def _again(sides: list[_Side], moments: Hessian, passes: int) -> Iterator[None]:
             rows = [side.slice(number) for side in sides]
             aim = torch.cat([side.aim(place) for side, place in zip(sides, rows, strict=True)], dim=1)
             now = torch.cat([side.found[:, place] for side, place in zip(sides, rows, strict=True)], dim=1)
-            _put(sides, rows, descend(aim, now, _beside(sides, rows), moments))
+            _put(sides, rows, descend(aim, now, _beside(lattices, rows), moments))
         yield
 
 
-def _beside(sides: list[_Side], rows: list[slice]) -> Lattice:
-    lattices = [(side.lattice, place) for side, place in zip(sides, rows, strict=True)]
-    return side_by_side([lattice.part(place) for lattice, place in lattices if lattice is not None])
+def _beside(lattices: list[Lattice], rows: list[slice]) -> Lattice:
+    return side_by_side([lattice.part(place) for lattice, place in zip(lattices, rows, strict=True)])
 
 
 def _put(sides: list[_Side], rows: list[slice], landed: Tensor) -> None:

@@ -224,17 +224,19 @@ def _across(tried: list[_Found], hessian: Hessian, outputs: Mapping[str, Hessian
     found = [one.weight.T[order] for one in tried]
     found = two_sided(wanted, found, lattices, hessian, metrics, passes=options.passes)
     scheme, h = works[0].scheme, hessian.h[back][:, back]
+    costs = [cost(aim, x, hessian, metric) for aim, x, metric in zip(wanted, found, metrics, strict=True)]
     for _ in range(options.refits if _refits(scheme) else 0):
-        own = [x[back] for x in found]
         width = scheme.block[1] or len(h)
-        multiples = refitted([x[back] for x in wanted], own, h, metrics, width=width, ridge=_REFIT_RIDGE)
+        own = [x[back] for x in found]
+        multiples = refitted([one.wanted.T for one in tried], own, h, metrics, width=width, ridge=_REFIT_RIDGE)
         stretched = [work.stretched(each) for work, each in zip(works, multiples, strict=True)]
         others = [work.lattice().ordered(order) for work in stretched]
         moved = [lattice.moved(x, other) for lattice, x, other in zip(lattices, found, others, strict=True)]
         moved = settled(wanted, moved, others, hessian, metrics, passes=1)
         for index, metric in enumerate(metrics):
-            if cost(wanted[index], moved[index], hessian, metric) < cost(wanted[index], found[index], hessian, metric):
-                works[index], lattices[index], found[index] = stretched[index], others[index], moved[index]
+            now = cost(wanted[index], moved[index], hessian, metric)
+            if now < costs[index]:
+                works[index], lattices[index], found[index], costs[index] = stretched[index], others[index], moved[index], now
     parts = zip(tried, works, found, strict=True)
     return [replace(one, work=work, weight=x[back].T.contiguous()) for one, work, x in parts]
 

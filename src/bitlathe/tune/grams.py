@@ -84,7 +84,7 @@ def grams_of(step: Step, names: Iterable[str], *, batches: Iterable[slice]) -> d
     ours, original = step.sides
     for batch in batches:
         found, theirs = (read(side, batch, wanted) for side in step.sides)
-        shape = ours.received[batch].shape[:-1]
+        shape = (batch.stop - batch.start, ours.received.shape[1])
         for name, own in found.items():
             paired = theirs.get(name)
             if paired is None or not own.x.shape[:-1] == paired.x.shape[:-1] == shape:
