@@ -5,7 +5,7 @@ mix: KL of mixes against that of uniform schemes. mix-scores: rank correlation o
 a forward pass. depth: peak memory of two models that differ in depth alone. startup: how soon the package and its help answer.
 rotation-w4a4, rotation-fp4: KL of quantized weights and activations with and without rotation, tuned and not; with "-outliers"
 after the name the same on the model with outliers added. rotation-float: how far rotations alone move float logits.
-rotation-cost: forward passes with a rotation online against the same without.
+rotation-cost: forward passes with a rotation online against the same without. columns: solvers' compiled loops against torch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import platform
 import torch
 import transformers
 
-from benchmarks import depth, mix, overhead, quality, rotation, startup
+from benchmarks import columns, depth, mix, overhead, quality, rotation, startup
 from bitlathe.version import VERSION
 
 TABLES = {
     "quality": lambda a: quality.table(a.model, a.calib, a.text, device=a.device, seeds=a.seeds),
     "overhead": lambda a: overhead.table(a.model, a.calib, device=a.device),
+    "columns": lambda a: columns.table(device=a.device),
     "depth": lambda a: depth.table(),
     "startup": lambda a: startup.table(),
     "mix": lambda a: mix.gains(_source(a)),

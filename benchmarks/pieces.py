@@ -2,7 +2,8 @@
 
     python -m benchmarks.pieces --model small --calib calib.txt --text eval.txt --schemes W4A16,W2A16G32
 
-"loops" is the share of the time that goes by in the loops over columns (`feed_back` and `descend`, wherever they are called).
+"loops" is the share of the time that goes by in the loops over columns (`numerics.columns`); how fast these are is told by
+`python -m benchmarks --only columns`.
 W4A4 is rotated (R1, R2, R4).
 """
 
@@ -29,7 +30,6 @@ PIECES: dict[str, tuple[str, dict[str, int]]] = {
     "scales end to end": ("best", {}),
 }
 ROTATED = {"W4A4": {"rotate": "R1,R2,R4"}}
-_LOOPS = ("feed_back", "descend")
 
 
 def measure(given: argparse.Namespace, scheme: str, piece: str) -> tuple[float, float, float, float]:
@@ -55,7 +55,7 @@ def measure(given: argparse.Namespace, scheme: str, piece: str) -> tuple[float, 
             f"{folder}/q", against=given.model, text=given.text, seqlen=given.seqlen, windows=given.windows
         )
     spent = pstats.Stats(profile).get_stats_profile().func_profiles
-    loops = sum(spent[name].cumtime for name in _LOOPS if name in spent)
+    loops = spent["loop_over"].cumtime if "loop_over" in spent else 0.0
     return found["kl_mean"]["value"], found["kl_mean"]["error"], seconds, loops / seconds
 
 

@@ -42,7 +42,7 @@ def cost(w: Tensor, found: Tensor) -> float:
 
 
 def column_of(lattice: Lattice, column: int) -> Column:
-    (found,) = lattice.columns(column, column + 1)
+    (found,) = lattice.between(column, column + 1).columns()
     return found
 
 

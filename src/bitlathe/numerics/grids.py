@@ -45,6 +45,15 @@ def limits(grid: Grid, *, unsigned: bool = False) -> tuple[float, float]:
     return (0.0, 2.0**grid.bits - 1) if unsigned or grid.unsigned else (-(2.0 ** (grid.bits - 1)), 2.0 ** (grid.bits - 1) - 1)
 
 
+def shape(grid: Grid, *, unsigned: bool = False) -> tuple[float, float, float, float]:
+    """What `snap` goes by, for loops that are compiled: both limits; of a float grid the smallest normal number and 2^-(bits of
+    its mantissa), where an integer grid has zeros."""
+    if grid.kind == "int":
+        return *limits(grid, unsigned=unsigned), 0.0, 0.0
+    mantissa, exponent = _FLOATS[grid.name]
+    return *limits(grid), 2.0**exponent, 2.0**-mantissa
+
+
 def step(x: Tensor, grid: Grid) -> Tensor:
     """Distance between neighbours of a float grid where x (float32, finite) lies; the one above at a power of two."""
     mantissa, exponent = _FLOATS[grid.name]

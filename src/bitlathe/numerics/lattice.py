@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitlathe.numerics.grids import limits, snap
+from bitlathe.numerics.grids import limits, shape, snap
 from bitlathe.numerics.scales import Learned, cut, ends_of, scales_of
 from bitlathe.numerics.scheme import GRIDS, Grid, Scheme
 
@@ -54,12 +54,21 @@ class Lattice:
     scale: Tensor
     taken: Tensor | None
 
-    def columns(self, start: int, end: int) -> Iterator[Column]:
-        """Each column from `start` to `end` on its own."""
+    def columns(self) -> Iterator[Column]:
+        """Each column on its own."""
         bounds = self._whole.bounds
-        taken = [None] * (end - start) if self.taken is None else self.taken[start:end].unbind()
-        for scale, off in zip(self.scale[start:end].unbind(), taken, strict=True):
+        taken = [None] * len(self.scale) if self.taken is None else self.taken.unbind()
+        for scale, off in zip(self.scale.unbind(), taken, strict=True):
             yield Column(self.grid, bounds, scale, off)
+
+    def between(self, start: int, end: int) -> Lattice:
+        """That of some columns."""
+        return Lattice(self.grid, self.unsigned, self.scale[start:end], None if self.taken is None else self.taken[start:end])
+
+    @property
+    def shape(self) -> tuple[float, float, float, float]:
+        """Of its codes: see `grids.shape`."""
+        return shape(self.grid, unsigned=self.unsigned)
 
     def nearest(self, x: Tensor) -> Tensor:
         """The numbers nearest to `x` [columns, rows]."""

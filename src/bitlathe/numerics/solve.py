@@ -19,12 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitlathe.numerics import columns
+from bitlathe.numerics.columns import BLOCK, LEAST
 from bitlathe.numerics.lattice import Lattice
-
-# Columns that are solved one by one before the others hear of them.
-_BLOCK = 128
-# A channel that never spoke has moments of zero; errors there cost nothing, and nothing may be divided by them.
-_LEAST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -58,46 +55,37 @@ def prepared(h: Tensor, damping: float) -> Hessian | None:
             ones = torch.eye(len(h), device=h.device, dtype=h.dtype)
             factor = torch.linalg.solve_triangular(lower.flip(0, 1), ones, upper=True)
             if torch.isfinite(factor).all():
-                return Hessian(order, damped, factor)
+                return Hessian(order, damped, factor.contiguous())
         damping *= 10
     return None
 
 
 def feed_back(wanted: Tensor, lattice: Lattice, moments: Hessian) -> Tensor:
     """GPTQ. wanted: the weights to come near to; all with columns in the moments' order."""
-    left, found = wanted.clone(), torch.empty_like(wanted)
-    for start in range(0, len(left), _BLOCK):
-        end = min(start + _BLOCK, len(left))
-        own, errors = left[start:end], torch.empty_like(left[start:end])
-        inner = moments.factor[start:end, start:end]
-        pivots = inner.diagonal().tolist()
-        columns = zip(found[start:end], own, errors, inner, pivots, lattice.columns(start, end), strict=True)
-        for number, (now, wished, error, reach, pivot, column) in enumerate(columns, 1):
-            now.copy_(column.nearest(wished))
-            torch.sub(wished, now, out=error).div_(pivot)
-            own[number:].addr_(reach[number:], error, alpha=-1)
+    left, found = _own(wanted), []
+    for start in range(0, len(left), BLOCK):
+        end = min(start + BLOCK, len(left))
+        landed, errors = columns.feed(left[start:end], moments.factor[start:end, start:end], lattice.between(start, end))
         left[end:].addmm_(moments.factor[start:end, end:].T, errors, alpha=-1)
-    return found
+        found.append(landed)
+    return torch.cat(found)
 
 
 def descend(wanted: Tensor, found: Tensor, lattice: Lattice, moments: Hessian) -> Tensor:
     """One pass of coordinate descent from `found`."""
-    found = found.clone()
+    found = _own(found)
     pull = moments.h @ (wanted - found)
-    for start in range(0, len(found), _BLOCK):
-        end = min(start + _BLOCK, len(found))
-        own, inner = pull[start:end], moments.h[start:end, start:end]
+    for start in range(0, len(found), BLOCK):
+        end = min(start + BLOCK, len(found))
         before = found[start:end].clone()
-        pivots = inner.diagonal().clamp(min=_LEAST).tolist()
-        columns = zip(found[start:end], own, inner, pivots, lattice.columns(start, end), strict=True)
-        for now, pulled, reach, pivot, column in columns:
-            landed = column.nearest(torch.add(now, pulled, alpha=1 / pivot))
-            own.addr_(reach, landed - now, alpha=-1)
-            now.copy_(landed)
-        moved = found[start:end] - before
-        pull[:start].addmm_(moments.h[:start, start:end], moved, alpha=-1)
-        pull[end:].addmm_(moments.h[end:, start:end], moved, alpha=-1)
+        columns.descend(pull[start:end], found[start:end], moments.h[start:end, start:end], lattice.between(start, end))
+        pull[end:].addmm_(moments.h[end:, start:end], found[start:end] - before, alpha=-1)
     return found
+
+
+def _own(x: Tensor) -> Tensor:
+    """A copy that may be changed, and that the loops over columns can take."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def refit(wanted: Tensor, found: Tensor, h: Tensor, *, width: int, ridge: float) -> Tensor:
@@ -113,7 +101,7 @@ def refit(wanted: Tensor, found: Tensor, h: Tensor, *, width: int, ridge: float)
         place = slice(group * width, (group + 1) * width)
         cost = (h[place, place] @ own).mul_(own).sum(0)
         gain = (pull[place] * own).sum(0)
-        change = torch.where(cost > 0, gain / (cost * (1 + ridge)).clamp(min=_LEAST), 0.0).clamp(-0.5, 0.5)
+        change = torch.where(cost > 0, gain / (cost * (1 + ridge)).clamp(min=LEAST), 0.0).clamp(-0.5, 0.5)
         multiples[group] += change
         pull.addmm_(h[:, place], own * change, alpha=-1)
     return multiples
