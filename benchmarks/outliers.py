@@ -8,8 +8,8 @@ Small models have few of the outliers that make 4-bit activations hard in large 
 - residual: the residual stream is turned into the principal axes of its own activations, which puts most of its energy into
   a few channels. The axes come in a random order: nothing sorts the channels of a real model by their energy.
 
-All of it is done in float64 and stored in float32, so the function stays what it was up to rounding in float32. The model is
-held in memory.
+All of it is done in float64 and stored in float32, so the function stays what it was up to rounding in float32; in bfloat16,
+which is what most programs run, it is another model with outliers like these. The model is held in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from shutil import copyfile
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ RECORD = "outliers.json"
 # The text on which axes are found and channels are measured: enough tokens to fill spaces of a few thousand channels.
 _WINDOWS, _TOKENS, _BATCH = 128, 128, 8
 _MEMORY = 2**32
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Space -> what linears that write it write, in the words of a family's table.
 _WRITERS = {"value": ("value", "qkv"), "mid": ("gate_up",)}
 
@@ -57,6 +58,7 @@ _WRITERS = {"value": ("value", "qkv"), "mid": ("gate_up",)}
 class Outliers:
     """What is to be made. channels: how many of a norm's, of the values of a block, and of the space behind its gate. factor:
     by how much they grow. seed: of their choice. text: a file, a data set or "builtin", on which the principal axes are found.
+    dtype: in which it is stored.
     """
 
     kinds: tuple[str, ...] = KINDS
@@ -64,6 +66,7 @@ class Outliers:
     factor: float = 30.0
     seed: int = 0
     text: str = "builtin"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 def add_outliers(model: str | Path, out: str | Path, wanted: Outliers | None = None) -> None:
@@ -86,9 +89,9 @@ def add_outliers(model: str | Path, out: str | Path, wanted: Outliers | None = N
     unties = bool(turns and skeleton.tied)
     skeleton = skeleton.untie() if unties else skeleton
     weights = replace(weights, dtype=torch.float64, edits=fold(skeleton, turns))
-    tensors = {name: factors(name, weights.read([name])[name]).float() for name in skeleton.shapes}
+    tensors = {name: factors(name, weights.read([name])[name]).to(_DTYPES[wanted.dtype]) for name in skeleton.shapes}
     config = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "dtype")}
-    config |= {"dtype": "float32", **({"tie_word_embeddings": False} if unties else {})}
+    config |= {"dtype": wanted.dtype, **({"tie_word_embeddings": False} if unties else {})}
     _write(out, checkpoint, tensors, {CONFIG: config, RECORD: asdict(wanted)})
 
 
@@ -290,10 +293,12 @@ def main() -> None:
     parser.add_argument("--factor", type=float, default=30.0, help="by how much (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of channels (default: 0)")
     parser.add_argument("--text", default="builtin", help="text to find the principal axes on (default: the bundled one)")
+    parser.add_argument("--dtype", default="float32", choices=_DTYPES, help="in which it is stored (default: float32)")
     given = parser.parse_args()
     kinds = tuple(kind.strip() for kind in given.kinds.split(","))
     try:
-        add_outliers(given.model, given.out, Outliers(kinds, given.channels, given.factor, given.seed, given.text))
+        wanted = Outliers(kinds, given.channels, given.factor, given.seed, given.text, given.dtype)
+        add_outliers(given.model, given.out, wanted)
         before, after = (spread(model, given.text) for model in (given.model, given.out))
         moved = bitlathe.evaluate(given.out, against=given.model, seqlen=_TOKENS, windows=16)["kl_mean"]["value"]
     except BitlatheError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.outliers import KINDS, Outliers, add_outliers, spread
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import bitlathe
@@ -61,6 +62,14 @@ def test_all_kinds_together(tmp_path: Path, text: str) -> None:
     assert (config["dtype"], config["tie_word_embeddings"]) == ("float32", False)
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_in_sixteen_bits_it_is_nearly_the_same(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "out"
+    add_outliers("builtin", out, Outliers(text=text, dtype="bfloat16"))
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    assert abs(bitlathe.evaluate(out, against="builtin", text=text, seqlen=64, windows=8)["kl_mean"]["value"]) < 1e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)
