@@ -53,7 +53,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "search": {"tokens": 32768, "held_out": 8192},
         "rtn": {"scale": "searched"},
         "signround": {"start": "plain", "lr": None, "compile": False, "held_out": 8, "check_every": 20, "patience": 3},
-        "closed_form": {"passes": 2, "refits": 2, "held_out": 8, "gradients": 16, "slices": 8, "end_to_end": 64},
+        "closed_form": {"passes": 2, "refits": 2, "held_out": 8, "gradients": 16, "slices": 16, "end_to_end": 64},
     }
 
 

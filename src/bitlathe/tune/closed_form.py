@@ -42,7 +42,7 @@ _ALL, _HALF = (1.0, 0.03), (0.5, 0.1)
 _NEVER = 4  # tokens a channel, below which nothing is made up for
 _REFIT_RIDGE = 0.01
 _AT_A_TIME = 1 << 25  # weights that are solved together
-_FINER = 2  # times as many slices and gradients for the best effort
+_FINER = 2  # times as many gradients for the best effort
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ClosedForm:
         asked = options.closed_form
         if options.effort == "normal":
             return cls(batch_size=options.batch_size, options=asked)
-        finer = asked.model_copy(update={"slices": _FINER * asked.slices, "gradients": _FINER * asked.gradients})
+        finer = asked.model_copy(update={"gradients": _FINER * asked.gradients})
         return cls(batch_size=options.batch_size, options=finer, end_to_end=asked.end_to_end)
 
     @torch.no_grad()

@@ -10,8 +10,8 @@ from torch import Tensor
 from bitlathe.model.walk import Step, back_at_a_time, go_back
 from bitlathe.numerics.solve import Hessian, prepared
 
-# Of G, in its mean diagonal: it comes of fewer tokens than H, and one label each.
-_DAMPING = 0.1
+# Of G, in its mean diagonal: it comes of fewer tokens than H, and one label each, so most of what is small in it is chance.
+_DAMPING = 0.3
 
 
 @torch.no_grad()

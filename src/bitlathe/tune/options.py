@@ -44,7 +44,7 @@ class ClosedFormOptions(BaseModel):
 
     passes: of coordinate descent after the errors were fed back. refits: of the scales, each with a pass of its own. held_out:
     how many sequences judge and are not learned from. gradients: how many sequences tell, by gradients, which errors of a
-    linear's output matter. slices: in how many parts its rows then make up for each other. `best` has twice as many of both.
+    linear's output matter, twice as many with `best`. slices: in how many parts its rows then make up for each other.
     end_to_end: steps of `best` in which the scales are tuned on what the whole model says.
     """
 
@@ -54,7 +54,7 @@ class ClosedFormOptions(BaseModel):
     refits: int = Field(default=2, ge=0)
     held_out: int = Field(default=8, ge=0)
     gradients: int = Field(default=16, ge=0)
-    slices: int = Field(default=8, gt=0)
+    slices: int = Field(default=16, gt=0)
     end_to_end: int = Field(default=64, ge=0)
 
 
