@@ -33,7 +33,7 @@ from families import save_model, write_text
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 # Of what best effort takes twice, half: it then rounds as normal effort does, and only what comes at the end is its own.
-HALF = {"end_to_end": 12, "slices": 4, "gradients": 8}
+HALF = {"end_to_end": 12, "gradients": 8}
 
 
 def folder(tmp_path: Path) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def test_metrics_are_moments_of_gradients() -> None:
     g = gradient.flatten(0, 1).float()
     back = metric.order.argsort()
     mean = (g.T @ g).diagonal().mean()
-    torch.testing.assert_close(metric.h[back][:, back], g.T @ g + 0.1 * mean * torch.eye(g.shape[1]), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(metric.h[back][:, back], g.T @ g + 0.3 * mean * torch.eye(g.shape[1]), rtol=1e-3, atol=1e-2)
     assert metrics_of(step, [name], batch_size=3) == {}
 
 
