@@ -24,7 +24,7 @@ help:
 	@echo "make interop read every format with the programs it is for (docs/interop.md); makes an environment for each"
 	@echo "make format  let ruff rewrite              make clean   remove what the others made"
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt src/bitlathe/numerics/columns.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -65,4 +65,5 @@ interop: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) .ci-venv .interop .versus build dist demo-out bench-out .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -f src/bitlathe/numerics/*.so
 	find src tests interop -name __pycache__ -type d -prune -exec rm -rf {} +
