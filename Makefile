@@ -26,6 +26,7 @@ help:
 
 $(INSTALLED): pyproject.toml constraints.txt src/bitlathe/numerics/columns.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -f src/bitlathe/numerics/_columns*.so
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

@@ -1,20 +1,28 @@
 /* The loops over columns of numerics/columns.py, for CPUs. Arrays are float32, [columns, rows], rows next to each other.
 
-   A tile of rows is held near to the processor while all of its columns are solved; rows know nothing of each other. Each
-   function is compiled for several widths of vectors, of which the widest that there is runs. */
+   A tile of rows is held near to the processor while all of its columns are solved; rows know nothing of each other. The
+   function is compiled for several widths of vectors where gcc can (with glibc on x86-64), of which the widest that there is runs;
+   the numbers are the same whichever it is. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
-#include <string.h>
+#include <string.h> /* also says whether this is glibc */
 
 #define TILE 32     /* rows */
 #define COLUMNS 128 /* at most */
+#define LEAST 1e-30f /* as in columns.py */
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
 #define WIDEST __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define WIDEST
+#endif
+
+#ifdef __GNUC__
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE inline
 #endif
 
 /* Added and taken off again, it rounds to an integer below 2^22, ties to even. */
@@ -27,7 +35,7 @@ typedef struct {
 
 typedef struct {
     Py_ssize_t columns, rows, reach_stride;
-    float *left;         /* what columns are to come near to by now, or what pulls at them; ends as scratch */
+    float *left;         /* what columns are to come near to by now, or what pulls at them */
     float *found;        /* where they land; where they are before, when descending */
     float *errors;       /* what is fed on; none when descending */
     const float *reach;  /* [columns, columns]: how far one column's error reaches into those after it */
@@ -36,7 +44,7 @@ typedef struct {
 } Work;
 
 /* v becomes the number of the grid that is nearest to it. */
-static inline __attribute__((always_inline)) void nearest(float *v, const float *scale, const float *taken, Grid grid) {
+static ALWAYS_INLINE void nearest(float *v, const float *scale, const float *taken, Grid grid) {
     for (int r = 0; r < TILE; r++) {
         float x = (taken ? v[r] + taken[r] : v[r]) / scale[r];
         x = x < grid.low ? grid.low : x;
@@ -50,12 +58,16 @@ static inline __attribute__((always_inline)) void nearest(float *v, const float 
             step = (step < grid.normal ? grid.normal : step) * grid.mantissa;
             x /= step;
         }
-        x = (x + ROUNDING) - ROUNDING;
+        uint32_t whole, sign;
+        float rounded = (x + ROUNDING) - ROUNDING;
+        memcpy(&whole, &rounded, 4), memcpy(&sign, &x, 4);
+        whole |= sign & 0x80000000u; /* a zero keeps its sign */
+        memcpy(&x, &whole, 4);
         v[r] = (x * step) * scale[r] - (taken ? taken[r] : 0.0f);
     }
 }
 
-static inline __attribute__((always_inline)) void solve_tile(const Work *w, Py_ssize_t first, Py_ssize_t rows) {
+static ALWAYS_INLINE void solve_tile(const Work *w, Py_ssize_t first, Py_ssize_t rows) {
     float left[COLUMNS][TILE], v[TILE], error[TILE], scale[TILE], taken[TILE];
     for (int r = 0; r < TILE; r++) scale[r] = 1.0f, taken[r] = 0.0f, v[r] = 0.0f;
     for (Py_ssize_t j = 0; j < w->columns; j++) {
@@ -65,7 +77,7 @@ static inline __attribute__((always_inline)) void solve_tile(const Work *w, Py_s
     for (Py_ssize_t j = 0; j < w->columns; j++) {
         const Py_ssize_t at = j * w->rows + first;
         const float *reach = w->reach + j * w->reach_stride;
-        const float pivot = reach[j];
+        const float pivot = reach[j] > LEAST ? reach[j] : LEAST;
         memcpy(scale, w->scale + at, rows * sizeof(float));
         if (w->taken) memcpy(taken, w->taken + at, rows * sizeof(float));
         if (w->errors) {
@@ -76,7 +88,7 @@ static inline __attribute__((always_inline)) void solve_tile(const Work *w, Py_s
         } else {
             float now[TILE] = {0};
             memcpy(now, w->found + at, rows * sizeof(float));
-            const float inverse = 1.0f / (pivot > 1e-30f ? pivot : 1e-30f);
+            const float inverse = 1.0f / pivot;
             for (int r = 0; r < TILE; r++) v[r] = now[r] + left[j][r] * inverse;
             nearest(v, scale, w->taken ? taken : NULL, w->grid);
             for (int r = 0; r < TILE; r++) error[r] = v[r] - now[r];

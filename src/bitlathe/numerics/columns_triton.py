@@ -4,10 +4,11 @@ are solved.
 Imported only where Triton is there, which torch for CUDA brings along."""
 
 # Triton's decorator hides what a kernel takes.
-# pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,6 +25,7 @@ _EXPONENT = tl.constexpr(0x7F800000)
 @triton.jit
 def _solve(  # noqa: PLR0913 (what a kernel is given is tensors and numbers, one by one)
     left,
+    before,
     found,
     errors,
     reach,
@@ -54,7 +56,7 @@ def _solve(  # noqa: PLR0913 (what a kernel is given is tensors and numbers, one
         now = own
         wished = own
         if not FEEDS:
-            now = tl.load(found + at, mask=there, other=0.0)
+            now = tl.load(before + at, mask=there, other=0.0)
             wished = now + own / pivot
         size = tl.load(scale + at, mask=there, other=1.0)
         code = wished
@@ -64,9 +66,12 @@ def _solve(  # noqa: PLR0913 (what a kernel is given is tensors and numbers, one
         if FLOATS:
             bits = code.to(tl.int32, bitcast=True) & _EXPONENT
             step = tl.maximum(bits.to(tl.float32, bitcast=True), normal) * mantissa
-            code = ((code / step + _ROUNDING) - _ROUNDING) * step
-        else:
-            code = (code + _ROUNDING) - _ROUNDING
+            code /= step
+        whole = (code + _ROUNDING) - _ROUNDING
+        whole = tl.where((whole == 0.0) & (code < 0.0), whole * -1.0, whole)  # a zero keeps its sign
+        code = whole
+        if FLOATS:
+            code *= step
         landed = code * size
         if TAKES:
             landed -= tl.load(taken + at, mask=there, other=0.0)
@@ -81,27 +86,30 @@ def _solve(  # noqa: PLR0913 (what a kernel is given is tensors and numbers, one
 
 
 def loop(left: Tensor, found: Tensor, errors: Tensor | None, reach: Tensor, lattice: Lattice) -> None:
-    """See `columns.Loop`. What is changed has to be contiguous."""
-    assert left.is_contiguous() and found.is_contiguous()
+    """See `columns.Loop`."""
     columns, rows = left.shape
     reach = reach if reach.stride(1) == 1 else reach.contiguous()
     scale, taken = lattice.scale.contiguous(), lattice.taken
     _, _, normal, _ = lattice.shape
-    _solve[(triton.cdiv(rows, _ROWS),)](
-        left,
-        found,
-        left if errors is None else errors,
-        reach,
-        scale,
-        scale if taken is None else taken.contiguous(),
-        rows,
-        columns,
-        reach.stride(0),
-        *lattice.shape,
-        LEAST,
-        FEEDS=errors is not None,
-        TAKES=taken is not None,
-        FLOATS=normal > 0,
-        WIDTH=BLOCK,
-        TILE=_ROWS,
-    )
+    # Where columns were is read from a copy: threads that hold the same rows need not wait for each other.
+    before = left if errors is not None else found.clone()
+    with torch.cuda.device_of(left):
+        _solve[(triton.cdiv(rows, _ROWS),)](
+            left,
+            before,
+            found,
+            left if errors is None else errors,
+            reach,
+            scale,
+            scale if taken is None else taken.contiguous(),
+            rows,
+            columns,
+            reach.stride(0),
+            *lattice.shape,
+            LEAST,
+            FEEDS=errors is not None,
+            TAKES=taken is not None,
+            FLOATS=normal > 0,
+            WIDTH=BLOCK,
+            TILE=_ROWS,
+        )

@@ -62,13 +62,14 @@ def prepared(h: Tensor, damping: float) -> Hessian | None:
 
 def feed_back(wanted: Tensor, lattice: Lattice, moments: Hessian) -> Tensor:
     """GPTQ. wanted: the weights to come near to; all with columns in the moments' order."""
-    left, found = _own(wanted), []
+    left = _own(wanted)
+    found = torch.empty_like(left)
     for start in range(0, len(left), BLOCK):
         end = min(start + BLOCK, len(left))
-        landed, errors = columns.feed(left[start:end], moments.factor[start:end, start:end], lattice.between(start, end))
+        own, reach = left[start:end], moments.factor[start:end, start:end]
+        errors = columns.feed(own, found[start:end], reach, lattice.between(start, end))
         left[end:].addmm_(moments.factor[start:end, end:].T, errors, alpha=-1)
-        found.append(landed)
-    return torch.cat(found)
+    return found
 
 
 def descend(wanted: Tensor, found: Tensor, lattice: Lattice, moments: Hessian) -> Tensor:
