@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from statistics import median
 
 import torch
 from torch import Tensor
 
+from benchmarks.clock import now
 from bitlathe.model.source import device_named
 from bitlathe.numerics import columns
 from bitlathe.numerics.lattice import lattice_of
@@ -44,17 +44,10 @@ def _turns(loop: columns.Loop, name: str, rows: int, solver: str, place: torch.d
     def milliseconds(run: columns.Loop) -> float:
         left, found = wanted.clone(), lattice.nearest(wanted)
         errors: Tensor | None = torch.empty_like(left) if feeds else None
-        _settle()
-        began = time.perf_counter()
+        began = now()
         run(left, found, errors, reach, lattice)
-        _settle()
-        return 1000 * (time.perf_counter() - began)
+        return 1000 * (now() - began)
 
     found = [(milliseconds(columns.plain), milliseconds(loop)) for _ in range(_TURNS + 1)][1:]  # the first turn warms up
     alone, here = zip(*found, strict=True)
     return median(alone), median(here), [b / a for a, b in found]
-
-
-def _settle() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 import bitlathe
+from benchmarks.clock import now
 from benchmarks.quality import SETTINGS, WINDOWS
 from benchmarks.rotation import Source
 from bitlathe.autoscheme.ground import Ground
@@ -152,7 +152,7 @@ def _ground(source: Source, fields: Mapping[str, Any]) -> Ground:
 @torch.no_grad()
 def _seconds_forward(ground: Ground) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        started = _now()
+        started = now()
         start = begin(ground.skeleton, ground.scored, ground.tokens, Budget(ground.memory, Path(folder)), streams=1)
         for _ in walk(ground.skeleton, ground.scored, start, batch_size=ground.batch_size):
             pass
@@ -160,20 +160,14 @@ def _seconds_forward(ground: Ground) -> float:
         for window in range(len(ground.tokens)):
             for part in head.parts(start.streams[0][window : window + 1]):
                 head(part)
-        return _now() - started
+        return now() - started
 
 
 def _seconds_score(ground: Ground) -> float:
     with tempfile.TemporaryDirectory() as folder, Kept(Path(folder), {}) as kept:
-        started = _now()
+        started = now()
         score(ground, kept, lambda *_: None)
-        return _now() - started
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+        return now() - started
 
 
 def _correlation(a: torch.Tensor, b: torch.Tensor) -> float:

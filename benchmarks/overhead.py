@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -11,6 +10,7 @@ from statistics import median
 import torch
 from torch import nn
 
+from benchmarks.clock import now
 from benchmarks.quality import SETTINGS
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.calib import characters_for, text_of, tokenizer_of, windows_of
@@ -73,13 +73,6 @@ def _turns(step: Step, batch: int) -> tuple[float, float, list[float]]:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    _settle()
-    started = time.perf_counter()
+    started = now()
     work()
-    _settle()
-    return time.perf_counter() - started
-
-
-def _settle() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return now() - started

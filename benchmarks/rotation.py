@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import bitlathe
+from benchmarks.clock import now
 from benchmarks.outliers import Outliers, add_outliers, spread
 from benchmarks.quality import SETTINGS, TUNERS, WINDOWS
 from bitlathe.arch import ARCHS
@@ -200,17 +201,10 @@ def _alternate(plain: PreTrainedModel, turned: PreTrainedModel, tokens_NT: Tenso
 
 
 def _milliseconds(model: PreTrainedModel, tokens_NT: Tensor) -> float:
-    _settle()
-    started = time.perf_counter()
+    started = now()
     with torch.inference_mode():
         model(tokens_NT, use_cache=False)
-    _settle()
-    return (time.perf_counter() - started) * 1000
-
-
-def _settle() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return (now() - started) * 1000
 
 
 def _tokens(shape: tuple[int, int], vocabulary: int, device: torch.device) -> Tensor:

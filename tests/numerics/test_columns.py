@@ -45,10 +45,10 @@ def check(loop: columns.Loop, name: str, rows: int, device: str) -> None:
     results = []
     for run, where, place in ((columns.plain, lattice, "cpu"), (loop, own, device)):
         left, found, errors = aim.to(device=place, copy=True), torch.full_like(aim, 9.0, device=place), aim.to(place) * 0
-        run(left, found, errors, factor if place == "cpu" else factor.to(place), where)
+        run(left, found, errors, factor.to(place), where)
         before = found.clone()
         pull = h.to(place) @ (aim.to(place) - found)
-        run(pull, found, None, h if place == "cpu" else h.to(place), where)
+        run(pull, found, None, h.to(place), where)
         assert not torch.equal(before, found)
         results.append([x.cpu() for x in (before, errors, found)])
     size, span = aim.abs().max(), (aim.amax(0) - aim.amin(0)).max()

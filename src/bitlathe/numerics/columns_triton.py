@@ -90,7 +90,7 @@ def loop(left: Tensor, found: Tensor, errors: Tensor | None, reach: Tensor, latt
     columns, rows = left.shape
     reach = reach if reach.stride(1) == 1 else reach.contiguous()
     scale, taken = lattice.scale.contiguous(), lattice.taken
-    _, _, normal, _ = lattice.shape
+    low, high, normal, mantissa = lattice.shape
     # Where columns were is read from a copy: threads that hold the same rows need not wait for each other.
     before = left if errors is not None else found.clone()
     with torch.cuda.device_of(left):
@@ -105,7 +105,10 @@ def loop(left: Tensor, found: Tensor, errors: Tensor | None, reach: Tensor, latt
             rows,
             columns,
             reach.stride(0),
-            *lattice.shape,
+            low,
+            high,
+            normal,
+            mantissa,
             LEAST,
             FEEDS=errors is not None,
             TAKES=taken is not None,
