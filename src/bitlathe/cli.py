@@ -176,6 +176,7 @@ def quantize(
     rotation_block: options.RotationBlock = None,
     rotation_seed: options.RotationSeed = None,
     rotation_trials: options.RotationTrials = None,
+    smooth: options.Smooth = None,
     act_asymmetric: options.ActAsymmetric = None,
     act_clip: options.ActClip = None,
     kv: options.Kv = None,

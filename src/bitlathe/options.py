@@ -130,6 +130,14 @@ RotationTrials = Annotated[
         help="Draw K sign vectors and keep the one with the least activation error.",
     ),
 ]
+Smooth = Annotated[
+    bool | None,
+    Option(
+        "--smooth/--no-smooth",
+        show_default="smooth, where text is read",
+        help="Share the ranges of channels between activations and weights where that loses less; folded into weights.",
+    ),
+]
 ActAsymmetric = Annotated[
     bool | None,
     Option("--act-asym/--act-sym", show_default="symmetric", help="Integer activations with a zero point, or without."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from pathlib import Path
@@ -89,6 +89,10 @@ class Prepared:
     def planned(self, plan: Plan) -> Prepared:
         """The same with another plan of the same linears, and the weights read as it says."""
         return replace(self, plan=plan, weights=replace(self.weights, plan=plan, edits=edits_of(self.skeleton, plan)))
+
+    def smoothed(self, factors: Mapping[str, Tensor]) -> Prepared:
+        """The same with the weights read as the plan says, smoothed first; see `edits_of`."""
+        return replace(self, weights=replace(self.weights, edits=edits_of(self.skeleton, self.plan, factors)))
 
     def reseeded(self, by: int) -> Prepared:
         """The same with other random signs: see `Plan.reseeded`."""

@@ -71,22 +71,23 @@ class Recipe(BaseModel):
     """What is asked for; everything but `model` and `out` has a default.
 
     model: a folder, a Hub id, or "builtin". out: the folder of the result. scheme: the name of the scheme that every linear
-    gets, or of a mix of llama.cpp's, such as Q4_K_M.
-    overrides: glob over full linear names -> scheme name or "keep"; the last that matches wins. linears: instead of both,
-    every linear by its full name -> scheme name or "keep", as a search finds them. bits: instead of a scheme, average bits a
-    weight: a search chooses for every linear one of `schemes` (names, or "keep"; by default some that suit bits and formats).
-    include: globs over names or their last parts, of what joins it though it is kept unless asked for, the head and the
-    embeddings. groups: lists of globs; what they match gets one scheme. rotate: names in
-    ROTATIONS, each alone or with a kind ("R4:random", "R1:hadamard"); "hadamard" is R1 and R2, "none" nothing. rotation_block:
-    size of the diagonal blocks of all of them; None turns whole spaces, and before down_proj the largest power of two in its
-    width. rotation_seed: of their random signs. rotation_trials: how many vectors of signs are drawn, of which the best is
-    kept. act_asymmetric: integer activations have a zero point. act_clip: part of a range of activations that is kept, at most
-    1. kv: the scheme of cached keys and values, a name in KV_SCHEMES or its bits; None keeps them. formats: the checkpoints
-    written. tuner: how codes are found; signround where its fields are said alone. effort: how much closed-form does. iters:
-    steps of signround. batch_size: sequences a step. calib: a data set on the Hub, a text file, or "builtin". samples, seqlen:
-    calibration windows and their length in tokens. device: auto, cpu, cuda or cuda:i. dtype: of what stays in 16 bits; auto
-    follows the model. seed: of every random choice but the signs of rotations. scores: the folder in which what a search finds
-    out is kept; None is one in the user's cache. memory, search, rtn, signround, closed_form: see their types.
+    gets, or of a mix of llama.cpp's, such as Q4_K_M. overrides: glob over full linear names -> scheme name or "keep"; the last
+    that matches wins. linears: instead of both, every linear by its full name -> scheme name or "keep", as a search finds
+    them. bits: instead of a scheme, average bits a weight: a search chooses for every linear one of `schemes` (names, or
+    "keep"; by default some that suit bits and formats). include: globs over names or their last parts, of what joins it though
+    it is kept unless asked for, the head and the embeddings. groups: lists of globs; what they match gets one scheme. rotate:
+    names in ROTATIONS, each alone or with a kind ("R4:random", "R1:hadamard"); "hadamard" is R1 and R2, "none" nothing.
+    rotation_block: size of the diagonal blocks of all of them; None turns whole spaces, and before down_proj the largest power
+    of two in its width. rotation_seed: of their random signs. rotation_trials: how many vectors of signs are drawn, of which
+    the best is kept. smooth: ranges of channels are shared between activations and the weights that read them, where that
+    loses less and text is read. act_asymmetric: integer activations have a zero point. act_clip: part of a range of
+    activations that is kept, at most 1. kv: the scheme of cached keys and values, a name in KV_SCHEMES or its bits; None keeps
+    them. formats: the checkpoints written. tuner: how codes are found; signround where its fields are said alone. effort: how
+    much closed-form does. iters: steps of signround. batch_size: sequences a step. calib: a data set on the Hub, a text file,
+    or "builtin". samples, seqlen: calibration windows and their length in tokens. device: auto, cpu, cuda or cuda:i. dtype: of
+    what stays in 16 bits; auto follows the model. seed: of every random choice but the signs of rotations. scores: the folder
+    in which what a search finds out is kept; None is one in the user's cache. memory, search, rtn, signround, closed_form: see
+    their types.
 
     Raises RecipeError, naming the field, for anything that is not understood.
     """
@@ -106,6 +107,7 @@ class Recipe(BaseModel):
     rotation_block: PositiveInt | None = None
     rotation_seed: NonNegativeInt = 0
     rotation_trials: PositiveInt = 1
+    smooth: bool = True
     act_asymmetric: bool = False
     act_clip: float = Field(default=1.0, gt=0, le=1)
     kv: str | None = None

@@ -1,4 +1,4 @@
-"""How a run begins: the text's first hidden states, and the random signs that it keeps."""
+"""How a run begins: the text's first hidden states, the random signs that it keeps, and what is smoothed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from bitlathe.prepare import Prepared
 from bitlathe.report import Listener, Note, Searching
 from bitlathe.tune.base import Needs
 from bitlathe.tune.signs import errors_of
+from bitlathe.tune.smoothing import smoothing_of
 
-# Windows of the calibration text on which draws of random signs are compared.
-_DRAWN_ON = 8
+# Windows of the calibration text on which draws of random signs are compared, and ways to smooth.
+_DRAWN_ON, _SMOOTHED_ON = 8, 4
 
 
 def start_on(
@@ -74,3 +76,24 @@ def best_signs(ready: Prepared, folder: Path, listen: Listener) -> dict[str, Any
         f"activations loses {errors[best]:.3%} of their squares, and {max(errors):.3%} with the worst"
     )
     return {"draw": best, "told": told}
+
+
+def best_smoothing(ready: Prepared, folder: Path, listen: Listener) -> tuple[dict[str, Tensor], str]:
+    """The factors that channels are smoothed by, by the writers of the channels, and what is told of them."""
+    assert ready.tokens is not None
+    original = replace(ready, weights=replace(ready.weights, plan=None, edits={}))
+    start = start_on(original, folder, ready.tokens[:_SMOOTHED_ON], Needs(streams=1))
+    found = smoothing_of(
+        original.skeleton,
+        original.weights,
+        start,
+        ready.plan,
+        batch_size=ready.recipe.batch_size,
+        listen=lambda done, of: listen(Searching("smoothing", done, of)),
+    )
+    if not found.factors:
+        return {}, f"nothing is smoothed: channels are alike enough in all of {found.places} places"
+    return found.factors, (
+        f"channels are smoothed in {len(found.factors)} of {found.places} places, where rounding to nearest loses "
+        f"{median(found.left):.0%} of what it lost (the median)"
+    )

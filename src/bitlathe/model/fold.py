@@ -17,12 +17,17 @@ from torch import Tensor
 from bitlathe.arch import Linear
 from bitlathe.model.edit import Edit, Turn
 from bitlathe.model.skeleton import Skeleton
+from bitlathe.model.smooth import smoothed
 from bitlathe.numerics.hadamard import turn
+from bitlathe.numerics.rotation import Rotation
 from bitlathe.plan import LayerPlan, Plan
 
 
-def edits_of(skeleton: Skeleton, plan: Plan) -> dict[str, Edit]:
-    """Parameter -> what its plan's rotations make of it; a parameter that stays as it is is not there."""
+def edits_of(skeleton: Skeleton, plan: Plan, factors: Mapping[str, Tensor] | None = None) -> dict[str, Edit]:
+    """Parameter -> what its plan's rotations make of it; a parameter that stays as it is is not there.
+
+    factors: what the model's channels are smoothed by before that; see `smooth`.
+    """
     turns = {
         rotation.space: partial(turn, rotation=rotation) for rotation in plan.rotations if skeleton.arch.folds(rotation.space)
     }
@@ -35,7 +40,7 @@ def edits_of(skeleton: Skeleton, plan: Plan) -> dict[str, Edit]:
     if table is not None:
         weight = f"{skeleton.arch.embed}.weight"
         edits[weight] = replace(edits.get(weight, Edit()), scheme=table)
-    return edits
+    return smoothed(edits, skeleton, plan, factors or {})
 
 
 def fold(skeleton: Skeleton, turns: Mapping[str, Turn]) -> dict[str, Edit]:
@@ -74,3 +79,11 @@ def per_head(one: Turn, space: str, skeleton: Skeleton) -> Turn:
 
 def _each_head(x: Tensor, *, one: Turn, size: int) -> Tensor:
     return one(x.unflatten(-1, (-1, size))).flatten(-2)
+
+
+def rotation_of(plan: Plan, skeleton: Skeleton, name: str) -> Rotation | None:
+    """What turns the input of a linear."""
+    online = plan.linears[name].online
+    space = skeleton.rows[name].reads
+    folded = next((rotation for rotation in plan.rotations if rotation.space == space), None)
+    return online if online is not None else folded if skeleton.arch.folds(space) else None

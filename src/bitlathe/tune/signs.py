@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from bitlathe.model.block import Block
-from bitlathe.model.fold import per_head
+from bitlathe.model.fold import per_head, rotation_of
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.walk import Start, walk
 from bitlathe.model.weights import Weights
 from bitlathe.numerics.activation import fake_quantize_input, static_scale
 from bitlathe.numerics.hadamard import turn, turn_back
-from bitlathe.numerics.rotation import Rotation
 from bitlathe.numerics.scheme import static
 from bitlathe.plan import Plan
 
@@ -50,7 +49,7 @@ def drawn_for(skeleton: Skeleton, plan: Plan) -> list[str]:
     for name, row in plan.linears.items():
         if name == skeleton.arch.head or row.input is None:
             continue
-        turned = _rotation(plan, skeleton, name)
+        turned = rotation_of(plan, skeleton, name)
         if turned is not None and turned.kind == "random":
             found.append(name)
     return found
@@ -74,7 +73,7 @@ class _Errors:
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(self, name: str, x: Tensor) -> None:
-        first, *_ = turns = [_rotation(plan, self.skeleton, name) for plan in self.plans]
+        first, *_ = turns = [rotation_of(plan, self.skeleton, name) for plan in self.plans]
         row = self.plans[0].linears[name]
         assert first is not None and row.input is not None
         x = x.float()
@@ -89,11 +88,3 @@ class _Errors:
             lost.append((rounded - turned).square_().sum(dtype=torch.float64))
         before = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = before[0] + torch.stack(lost).cpu(), before[1] + x.square().sum(dtype=torch.float64).cpu()
-
-
-def _rotation(plan: Plan, skeleton: Skeleton, name: str) -> Rotation | None:
-    """What turns the input of a linear."""
-    online = plan.linears[name].online
-    space = skeleton.rows[name].reads
-    folded = next((rotation for rotation in plan.rotations if rotation.space == space), None)
-    return online if online is not None else folded if skeleton.arch.folds(space) else None
