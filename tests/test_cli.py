@@ -48,6 +48,7 @@ FROZEN = {
         "--rotation-block",
         "--rotation-seed",
         "--rotation-trials",
+        "--smooth/--no-smooth",
         "--act-asym/--act-sym",
         "--act-clip",
         "--kv",
@@ -230,7 +231,7 @@ def test_quantize_passes_everything_on(asked: dict[str, dict[str, Any]], tmp_pat
         *("--seqlen", "256", "--override", "*.q_proj=keep", "--override", "*.k_proj=w8", "--set", "samples=16"),
         *("--override", "*.k_proj=w8a16", "--set", "signround.lr=0.5", "--device", "cpu", "--restart"),
         *("--rotate", "r1,R4:random", "--rotation-block", "32", "--rotation-seed", "5", "--rotation-trials", "4"),
-        *("--act-asym", "--act-clip", "0.9", "--kv", "kv4"),
+        *("--no-smooth", "--act-asym", "--act-clip", "0.9", "--kv", "kv4"),
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     call = asked["quantize"]
@@ -245,6 +246,7 @@ def test_quantize_passes_everything_on(asked: dict[str, dict[str, Any]], tmp_pat
         rotation_block=32,
         rotation_seed=5,
         rotation_trials=4,
+        smooth=False,
         act_asymmetric=True,
         act_clip=0.9,
         kv="KV4",

@@ -34,6 +34,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "rotation_block": None,
         "rotation_seed": 0,
         "rotation_trials": 1,
+        "smooth": True,
         "act_asymmetric": False,
         "act_clip": 1.0,
         "kv": None,

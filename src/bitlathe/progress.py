@@ -16,6 +16,7 @@ _SEARCHES: dict[str, tuple[str, str]] = {
     "forward": ("search: forward", "blocks"),
     "score": ("search: scores", "blocks"),
     "measure": ("search: measuring", "blocks"),
+    "smoothing": ("smoothing", "blocks"),
     "gradients": ("gradients, there and back", "passes"),
     "scales": ("scales, end to end", "steps"),
 }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from bitlathe.numerics.smoothing import factors
 from hypothesis import given
 from hypothesis import strategies as st
+
+from bitlathe.numerics.smoothing import factors
 
 
 @given(st.integers(0, 2**31), st.sampled_from([1e-6, 1.0, 1e12]))

@@ -116,7 +116,8 @@ class _Readers:
             rounded = _rounded(self.turns[name](x if by is None else x / by), self.plan.linears[name], self.plan.dtype)
             scheme = self.plan.quantized[name]
             z = rounded @ fake_quantize(w, scheme, peak=peaks[self.fused[name]], dtype=torch.float32).T
-            total += float(z.sub_(y).square_().sum() / y.square().sum().clamp_(min=torch.finfo(torch.float32).tiny))
+            lost, all_of_it = float(z.sub_(y).square_().sum()), float(y.square().sum())
+            total += lost / all_of_it if all_of_it else 0.0
         return total
 
 
