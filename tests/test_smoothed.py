@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.outliers import Outliers, add_outliers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import bitlathe
 from bitlathe.io.checkpoint import Checkpoint
@@ -22,6 +22,8 @@ from bitlathe.plan import LayerPlan
 from bitlathe.prepare import prepare
 from bitlathe.recipe import merge
 from bitlathe.report import Note, read_report
+from bitlathe.starting import best_smoothing, smooths
+from bitlathe.tune.smoothing import _Seen
 from families import FAMILIES, save_model, write_text
 from test_pipeline import content, interrupt_after, listen_to
 from test_rotated import through
@@ -47,19 +49,15 @@ def test_smoothing_leaves_the_function_as_it_was(tmp_path: Path, text: Path, fam
     ready = prepare(merge(asked))
     unrounded = {name: LayerPlan(online=row.online) for name, row in ready.plan.linears.items()}
     plan = ready.plan.model_copy(update={"linears": unrounded})
-    junctions = [junction for block in junctions_of(ready.skeleton, ready.plan).values() for junction in block]
-    # The plan that is run quantizes nothing, and would leave no junction.
-    every = ready.plan.model_copy(
-        update={"linears": {name: row.model_copy(update={"input": None}) for name, row in ready.plan.linears.items()}}
-    )
+    junctions = [junction for block in junctions_of(ready.skeleton, plan).values() for junction in block]
     generator = torch.Generator().manual_seed(0)
     factors = {
         junction.writer: torch.exp2(torch.randint(-2, 3, (junction.width,), generator=generator).float())
         for junction in junctions
     }
-    smoothed = replace(weights, plan=plan, edits=edits_of(ready.skeleton, every, factors))
+    smoothed = replace(weights, plan=plan, edits=edits_of(ready.skeleton, plan, factors))
     read = {name: smoothed.read([name])[name] for name in ready.skeleton.shapes}
-    plain = replace(weights, plan=plan, edits=edits_of(ready.skeleton, every))
+    plain = replace(weights, plan=plan, edits=edits_of(ready.skeleton, plan))
     other = {name for name, tensor in read.items() if not torch.equal(tensor, plain.read([name])[name])}
     written = {name for junction in junctions for name in (f"{junction.writer}.weight", f"{junction.writer}.bias")}
     assert other == (written & read.keys()) | {f"{name}.weight" for junction in junctions for name in junction.readers}
@@ -156,15 +154,131 @@ def test_a_run_that_is_continued_keeps_its_factors(tmp_path: Path, outliers: Pat
     assert content(tmp_path / "q") == content(tmp_path / "whole")
 
 
-def test_text_that_is_not_finite_smooths_nothing(tmp_path: Path, text: Path) -> None:
-    """A model whose values are all zero, and one whose numbers overflow, are left as they are."""
+def test_numbers_that_are_not_finite_smooth_nothing(tmp_path: Path, text: Path) -> None:
+    """Values that are all zero, and channels that overflow, are left as they are."""
     model = save_model(tmp_path / "m", num_hidden_layers=1)
     with torch.no_grad():
         model.get_submodule("model.layers.0.self_attn.v_proj").get_parameter("weight").zero_()
         model.get_submodule("model.layers.0.mlp.up_proj").get_parameter("weight").fill_(1e38)
     model.save_pretrained(tmp_path / "m")
-    recipe = {"model": str(tmp_path / "m"), "out": tmp_path / "q", "calib": str(text), **FEW, "scheme": "W8A8"}
-    notes = listen_to(merge(recipe), Note)
-    assert any("smoothed" in note.text for note in notes)
-    now = load_all(tmp_path / "q")
-    assert all(torch.isfinite(tensor.float()).all() for tensor in now.values())
+    recipe = {"model": str(tmp_path / "m"), "out": tmp_path / "q", "calib": str(text), **FEW, "scheme": "W8A8", "seqlen": 48}
+    overrides = {"*": "keep", "*.o_proj": "W8A8", "*.down_proj": "W8A8"}
+    notes = listen_to(merge(recipe | {"overrides": overrides}), Note)
+    assert any("nothing is smoothed" in note.text for note in notes)
+    was, now = load_all(tmp_path / "m"), load_all(tmp_path / "q")
+    kept = [name for name in was.keys() & now.keys() if not name.endswith(("o_proj.weight", "down_proj.weight"))]
+    assert len(kept) >= 9
+    assert all(torch.equal(was[name], now[name]) for name in kept)
+
+
+def best(model: Path, text: Path, folder: Path, **fields: Any) -> dict[str, torch.Tensor]:
+    """The factors of a run with 4 windows."""
+    recipe = {"model": str(model), "out": folder / "q", "calib": str(text), **FEW, "seqlen": 48, "scheme": "MXFP4", **fields}
+    ready = prepare(merge(recipe))
+    assert smooths(ready)
+    return best_smoothing(ready, folder, lambda event: None)[0]
+
+
+def stretched(folder: Path, family: str = "llama", **changes: Any) -> None:
+    """A random model with a channel that sticks out in every place inside of blocks, and is made up for behind it."""
+    model = save_model(folder, family, **changes)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("v_proj.weight", "mlp.up_proj.weight")):
+                weight[5] *= 32
+            if name.endswith("mlp.down_proj.weight"):
+                weight[:, 5] /= 32
+            if name.endswith("o_proj.weight"):
+                weight[:, [5, 21]] /= 32  # of the two heads that read the first head's values
+    model.save_pretrained(folder)
+
+
+def test_a_channel_that_sticks_out_is_found(tmp_path: Path, text: Path) -> None:
+    stretched(tmp_path / "m")
+    found = best(tmp_path / "m", text, tmp_path)
+    for block in range(2):
+        for writer in ("self_attn.v_proj", "mlp.up_proj"):
+            factors = found[f"model.layers.{block}.{writer}"]
+            assert factors.argmax() == 5
+            assert factors[5] >= 8 * factors.median()
+
+
+def test_the_cache_keeps_its_values(tmp_path: Path, text: Path) -> None:
+    stretched(tmp_path / "m")
+    found = best(tmp_path / "m", text, tmp_path, kv="KV4")
+    assert found
+    assert not any("v_proj" in name for name in found)
+
+
+def test_few_tokens_choose_nothing(tmp_path: Path, text: Path) -> None:
+    stretched(tmp_path / "m")
+    assert best(tmp_path / "m", text, tmp_path, seqlen=24) == {}
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "NVFP4", "W8A8_STATIC"])
+def test_experts(tmp_path: Path, scheme: str) -> None:
+    """Each has channels of its own, but where one scale serves all of them."""
+    save_model(tmp_path / "m", "qwen2_moe", moe_intermediate_size=32)
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    for name, weight in weights.items():
+        if ".experts.1.up_proj" in name:
+            weight[7] *= 64
+        if ".experts.1.down_proj" in name:
+            weight[:, 7] /= 64
+    save_file(weights, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    text = write_text(tmp_path / "text.txt", 4000)
+    found = best(tmp_path / "m", text, tmp_path, scheme=scheme, seqlen=512, smooth=True)
+    own = {name for name in found if ".experts." in name}
+    if scheme == "W8A8_STATIC":
+        assert not own
+    else:
+        assert found["model.layers.0.mlp.experts.1.up_proj"].argmax() == 7
+
+
+def test_a_token_of_extreme_norm_has_no_say() -> None:
+    """Neither in factors nor in errors; but its largest numbers count for what fp16 can hold."""
+    seen = _Seen({"a": 1})
+    x = torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))
+    x[0, 1, 3] = 1e4
+    seen.see("a", x)
+    assert seen.count("a") == 31
+    assert seen.sample("a").abs().max() < 10
+    assert seen.largest["a"][3] == 1e4
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_dtype_bounds_the_factors(tmp_path: Path, text: Path, dtype: str) -> None:
+    save_model(tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    for name, weight in weights.items():
+        if "up_proj" in name:
+            weight[5] *= 1024
+        if "down_proj" in name:
+            weight[:, 5] /= 1024
+    save_file(weights, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    largest = max(factors.log2().abs().max().item() for factors in best(tmp_path / "m", text, tmp_path, dtype=dtype).values())
+    assert 4 < largest <= 8 if dtype == "bf16" else largest <= 4
+
+
+def test_other_signs_and_other_plans_are_smoothed_too(tmp_path: Path, text: Path) -> None:
+    stretched(tmp_path / "m")
+    asked = {"model": tmp_path / "m", "out": tmp_path / "q", "scheme": "W4A4", "rotate": "R2", "calib": text, "seqlen": 24}
+    ready = prepare(merge(asked))
+    factors = {"model.layers.0.self_attn.v_proj": torch.exp2(torch.arange(32) % 5 - 2.0)}
+    name = "model.layers.0.self_attn.o_proj.weight"
+    plain, smoothed = (each.weights.read([name])[name] for each in (ready.reseeded(3), ready.smoothed(factors).reseeded(3)))
+    assert not torch.equal(plain, smoothed)
+    again = ready.reseeded(3).smoothed(factors).weights.read([name])[name]
+    assert torch.equal(smoothed, again)
+
+
+def test_a_search_measures_the_smoothed_model(tmp_path: Path, outliers: Path) -> None:
+    """What it says is what the result has, up to the other text that it says it of."""
+    fields = {"calib": str(outliers / "text.txt"), "samples": 8, "seqlen": 128, "tuner": "rtn", "scores": tmp_path / "scores"}
+    fields |= {"schemes": "MXFP4,MXFP8", "bits": 5}
+    out = tmp_path / "q"
+    notes = listen_to(merge({"model": str(outliers / "m"), "out": out, **fields}), Note)
+    assert any("smoothed in" in note.text for note in notes)
+    predicted = read_report(out)["search"]["kl"]
+    measured = bitlathe.evaluate(out, against=outliers / "m", seqlen=128, windows=16)["kl_mean"]["value"]
+    assert 0.5 < measured / predicted < 2

@@ -29,13 +29,13 @@ from bitlathe.report import BlockReport, Listener, Note, Searching, peak_memory
 from bitlathe.report import Step as Progress
 from bitlathe.result import finish, plan_of_finished
 from bitlathe.searching import mix, record_of
-from bitlathe.starting import best_signs, best_smoothing, refuse_infinite, start_on
+from bitlathe.starting import best_signs, best_smoothing, refuse_infinite, smooths, start_on
 from bitlathe.tune.base import Tuned
 from bitlathe.tune.end_to_end import Quantized, changed, end_to_end, rescaled
 from bitlathe.tune.rtn import Rtn
 
-# What the run notes of the draw that it keeps, of the search, of what it smooths, and of scales that were tuned at the end.
-_SIGNS, _MIX, _SMOOTH, _SCALES = "signs", "mix", "smoothing", "scales"
+# What the run notes of what it smooths, of the draw that it keeps, of the search, and of scales that were tuned at the end.
+_SMOOTHING, _SIGNS, _MIX, _SCALES = "smoothing", "signs", "mix", "scales"
 
 
 def quantize(
@@ -88,8 +88,8 @@ def run(recipe: Recipe, *, restart: bool, listen: Listener, given: Plan | None =
         # As if the run had never been interrupted: what is told of time counts the runs before this one.
         began -= max((record["elapsed"] for record in writer.done.values()), default=0.0)
         try:
-            ready = _with_mix(_with_signs(ready, writer, listen), writer, listen)
-            ready = _smoothed(ready, writer, listen)
+            ready = _with_signs(_with_smoothing(ready, writer, listen), writer, listen)
+            ready = _with_mix(ready, writer, listen)
             _every_turn(ready, writer, listen, began=began)
             ready = _end_to_end(ready, writer, listen)
         except CheckpointError as error:
@@ -99,6 +99,19 @@ def run(recipe: Recipe, *, restart: bool, listen: Listener, given: Plan | None =
             ) from error
         finish(ready, writer, seconds=time.perf_counter() - began)
     return ready.plan
+
+
+def _with_smoothing(ready: Prepared, writer: Writer, listen: Listener) -> Prepared:
+    """The same with channels smoothed, if the recipe wants it and text is read. Written down like the signs."""
+    if not smooths(ready):
+        return ready
+    if _SMOOTHING not in writer.decided:
+        factors, told = best_smoothing(ready, writer.work, listen)
+        writer.keep(_SMOOTHING, factors)
+        writer.decide(_SMOOTHING, told)
+    told = writer.decided[_SMOOTHING]
+    listen(Note(told))
+    return replace(ready.smoothed(writer.kept(_SMOOTHING)), notes=(*ready.notes, told))
 
 
 def _with_signs(ready: Prepared, writer: Writer, listen: Listener) -> Prepared:
@@ -127,19 +140,6 @@ def _with_mix(ready: Prepared, writer: Writer, listen: Listener) -> Prepared:
     plan = ready.space.planned(found["choice"])
     kept = {name: "the search keeps it" for name, option in found["linears"].items() if option == KEEP}
     return replace(ready.planned(plan), kept=ready.kept | kept, notes=(*ready.notes, found["told"]), found=found)
-
-
-def _smoothed(ready: Prepared, writer: Writer, listen: Listener) -> Prepared:
-    """The same with channels smoothed, if the recipe wants it and text is read. Written down like the signs."""
-    if not ready.recipe.smooth or ready.tokens is None or not ready.text_streams:
-        return ready
-    if _SMOOTH not in writer.decided:
-        factors, told = best_smoothing(ready, writer.work, listen)
-        writer.keep(_SMOOTH, factors)
-        writer.decide(_SMOOTH, told)
-    told = writer.decided[_SMOOTH]
-    listen(Note(told))
-    return replace(ready.smoothed(writer.kept(_SMOOTH)), notes=(*ready.notes, told))
 
 
 def _every_turn(ready: Prepared, writer: Writer, listen: Listener, *, began: float) -> None:

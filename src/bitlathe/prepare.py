@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class Prepared:
     """A recipe that has been found possible: everything that is known before the first weight is read.
 
     space: what a search may choose from, where the recipe asks for one; found: what it found, as JSON, once it has. Until then
-    `plan` gives the linears in play some scheme of the space.
+    `plan` gives the linears in play some scheme of the space. factors: what channels are smoothed by, once that is known.
     """
 
     recipe: Recipe
@@ -69,6 +69,7 @@ class Prepared:
     notes: tuple[str, ...]
     space: Space | None = None
     found: dict[str, Any] | None = None
+    factors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def tokens(self) -> Tensor | None:
@@ -88,11 +89,12 @@ class Prepared:
 
     def planned(self, plan: Plan) -> Prepared:
         """The same with another plan of the same linears, and the weights read as it says."""
-        return replace(self, plan=plan, weights=replace(self.weights, plan=plan, edits=edits_of(self.skeleton, plan)))
+        edits = edits_of(self.skeleton, plan, self.factors)
+        return replace(self, plan=plan, weights=replace(self.weights, plan=plan, edits=edits))
 
     def smoothed(self, factors: Mapping[str, Tensor]) -> Prepared:
-        """The same with the weights read as the plan says, smoothed first; see `edits_of`."""
-        return replace(self, weights=replace(self.weights, edits=edits_of(self.skeleton, self.plan, factors)))
+        """The same with channels smoothed; see `edits_of`."""
+        return replace(self, factors=factors).planned(self.plan)
 
     def reseeded(self, by: int) -> Prepared:
         """The same with other random signs: see `Plan.reseeded`."""

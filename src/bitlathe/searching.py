@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from platformdirs import user_cache_path
+from torch import Tensor
 
 from bitlathe.autoscheme.choose import Found, Outcome, choose
 from bitlathe.autoscheme.ground import Ground
@@ -25,7 +26,7 @@ from bitlathe.planning import coded
 from bitlathe.prepare import Prepared, prepare_search
 from bitlathe.recipe import Recipe, merge
 from bitlathe.report import Listener, Note, Searching
-from bitlathe.starting import best_signs
+from bitlathe.starting import best_signs, best_smoothing, smooths
 from bitlathe.version import VERSION
 
 # A plan has no folder to go to; what `Recipe` asks for is not used.
@@ -62,11 +63,15 @@ def sweep(recipe: Recipe, budgets: Sequence[float], listen: Listener) -> Searche
     ready = prepare_search(recipe, budgets)
     for note in ready.notes:
         listen(Note(note))
-    if recipe.rotation_trials > 1:
-        with tempfile.TemporaryDirectory(prefix="bitlathe-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bitlathe-") as folder:
+        if smooths(ready):
+            factors, told = best_smoothing(ready, Path(folder), listen)
+            listen(Note(told))
+            ready = ready.smoothed(factors)
+        if recipe.rotation_trials > 1:
             signs = best_signs(ready, Path(folder), listen)
-        listen(Note(signs["told"]))
-        ready = ready.reseeded(signs["draw"])
+            listen(Note(signs["told"]))
+            ready = ready.reseeded(signs["draw"])
     assert ready.space is not None
     space, outcome = ready.space, mix(ready, budgets, listen)
     records = tuple(record_of(outcome, ready, place) for place in range(len(budgets)))
@@ -100,6 +105,7 @@ def ground_of(ready: Prepared) -> Ground:
         batch_size=ready.recipe.batch_size,
         memory=ready.recipe.memory.activations,
         seed=ready.recipe.seed,
+        factors=ready.factors,
     )
 
 
@@ -160,9 +166,17 @@ def _facts(ready: Prepared, ground: Ground) -> dict[str, str]:
         "model": ready.weights.checkpoint.fingerprint(),
         **ground.space.facts(),
         "activations": f"asymmetric {ready.recipe.act_asymmetric}, clip {ready.recipe.act_clip}",
+        "factors": _digest(ready.factors),
         "calibration": text[0],
         "held_out": text[1],
         "seed": str(ground.seed),
         "device": ready.weights.device.type,
         "version": f"bitlathe {VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
     }
+
+
+def _digest(factors: Mapping[str, Tensor]) -> str:
+    whole = hashlib.sha256()
+    for name, each in factors.items():
+        whole.update(name.encode() + each.numpy().tobytes())
+    return whole.hexdigest()

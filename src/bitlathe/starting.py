@@ -78,21 +78,30 @@ def best_signs(ready: Prepared, folder: Path, listen: Listener) -> dict[str, Any
     return {"draw": best, "told": told}
 
 
+def smooths(ready: Prepared) -> bool:
+    """Whether a run looks for channels to smooth: the recipe lets it, text is read, some linear of a block is quantized."""
+    blocks = f"{ready.skeleton.arch.blocks}."
+    return ready.recipe.smooth and ready.tokens is not None and any(name.startswith(blocks) for name in ready.plan.quantized)
+
+
 def best_smoothing(ready: Prepared, folder: Path, listen: Listener) -> tuple[dict[str, Tensor], str]:
     """The factors that channels are smoothed by, by the writers of the channels, and what is told of them."""
     assert ready.tokens is not None
+    # As the checkpoint has it: rotations come after smoothing.
     original = replace(ready, weights=replace(ready.weights, plan=None, edits={}))
     start = start_on(original, folder, ready.tokens[:_SMOOTHED_ON], Needs(streams=1))
     found = smoothing_of(
-        original.skeleton,
+        ready.skeleton,
         original.weights,
         start,
         ready.plan,
         batch_size=ready.recipe.batch_size,
         listen=lambda done, of: listen(Searching("smoothing", done, of)),
     )
+    if not found.places:
+        return {}, "nothing is smoothed: no place in the model has enough tokens of the text to tell by"
     if not found.factors:
-        return {}, f"nothing is smoothed: channels are alike enough in all of {found.places} places"
+        return {}, f"nothing is smoothed: it would gain too little in each of {found.places} places"
     return found.factors, (
         f"channels are smoothed in {len(found.factors)} of {found.places} places, where rounding to nearest loses "
         f"{median(found.left):.0%} of what it lost (the median)"

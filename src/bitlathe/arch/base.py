@@ -15,11 +15,12 @@ class Linear:
 
     name: module path inside the block; "*" stands for the number of an expert. reads, writes: the spaces at its input and
     output: "residual", "value" (per head), "rope" (queries and keys before RoPE), "qkv" (those and the values, in one matrix),
-    "mid" (behind the gate), "gate_up", "branch" (what a norm scales before it is added to the residual stream), "routing".
-    norm: module path, inside the block, of the norm whose output it reads; None where it reads a space as it is. onto: that of
-    the norm that reads what its output is added to, if it is added as it is. fused: linears of a block with the same label are
-    run as one by serving engines, so they share one scheme and one tensor-wide scale.
-    router: it chooses experts or weighs them, and is never quantized; its module may be any that has a `weight`.
+    "mid" (behind the gate), "gate_up" (the last one that writes it is not gated), "branch" (what a norm scales before it is
+    added to the residual stream), "routing". norm: module path, inside the block, of the norm whose output it reads; None
+    where it reads a space as it is. onto: that of the norm that reads what its output is added to, if it is added as it is.
+    fused: linears of a block with the same label are run as one by serving engines, so they share one scheme and one
+    tensor-wide scale. router: it chooses experts or weighs them, and is never quantized; its module may be any that has a
+    `weight`.
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +24,7 @@ class Ground:
 
     skeleton, weights: of the original, turned as the plan says; plain: the same as its checkpoint has them. tokens, held_out:
     windows [windows, tokens], to learn from and to measure on. memory: bytes of hidden states; what is beyond lies in a file.
-    seed: of the sampled labels.
+    seed: of the sampled labels. factors: what channels are smoothed by, in `weights` too.
     """
 
     skeleton: Skeleton
@@ -36,6 +36,7 @@ class Ground:
     batch_size: int
     memory: int
     seed: int
+    factors: Mapping[str, Tensor]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,4 +51,4 @@ class Ground:
 
     def measured(self, plan: Plan) -> Weights:
         """The weights of the result of a plan in the dtype in which models are measured; those of linears before rounding."""
-        return replace(self.weights, dtype=torch.float32, through=self.dtype, edits=edits_of(self.skeleton, plan))
+        return replace(self.weights, dtype=torch.float32, through=self.dtype, edits=edits_of(self.skeleton, plan, self.factors))

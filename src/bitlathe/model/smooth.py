@@ -16,7 +16,7 @@ from torch import Tensor
 from bitlathe.arch import Linear
 from bitlathe.model.edit import Edit, Turn
 from bitlathe.model.skeleton import Skeleton
-from bitlathe.plan import Plan
+from bitlathe.plan import LayerPlan, Plan
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,23 @@ class Junction:
 
 
 def junctions_of(skeleton: Skeleton, plan: Plan) -> dict[str, list[Junction]]:
-    """Block -> its junctions that a plan leaves room for: with a reader that it quantizes.
+    """Block -> its junctions that a plan leaves room for.
 
-    None at a norm whose gain a folded rotation moves on, which would undo it, nor at those of a family in which norms write the
-    residual stream: their gains are not only what multiplies.
+    Left out are norms whose gain a folded rotation moves on, which would undo it, and those of a family in which norms write
+    the residual stream: their gains are not only what multiplies. So are values where the cache is quantized, which would
+    round what they become, and experts that share one scale for a whole tensor.
     """
     turned = any(rotation.space == "residual" for rotation in plan.rotations)
     at_norms = skeleton.arch.folds("residual") and not turned
-    found: dict[str, list[Junction]] = {}
-    for block in skeleton.blocks:
-        rows = {name: row for name, row in skeleton.rows.items() if name.startswith(f"{block}.")}
-        made = [*(_at_norms(rows, skeleton) if at_norms else ()), *_inside(rows, skeleton)]
-        found[block] = [junction for junction in made if any(name in plan.quantized for name in junction.readers)]
-    return found
+    rows: dict[str, dict[str, Linear]] = {block: {} for block in skeleton.blocks}
+    for name, row in skeleton.rows.items():
+        block = ".".join(name.split(".")[: skeleton.arch.blocks.count(".") + 2])
+        if block in rows:
+            rows[block][name] = row
+    return {
+        block: [*(_at_norms(within, skeleton) if at_norms else ()), *_inside(within, skeleton, plan)]
+        for block, within in rows.items()
+    }
 
 
 def _at_norms(rows: Mapping[str, Linear], skeleton: Skeleton) -> list[Junction]:
@@ -65,42 +69,50 @@ def _at_norms(rows: Mapping[str, Linear], skeleton: Skeleton) -> list[Junction]:
     return [Junction(norm, tuple(names), skeleton.model.config.hidden_size) for norm, names in readers.items()]
 
 
-def _inside(rows: Mapping[str, Linear], skeleton: Skeleton) -> list[Junction]:
+def _inside(rows: Mapping[str, Linear], skeleton: Skeleton, plan: Plan) -> list[Junction]:
     """Between linears of one attention, one MLP or one expert. Of a matrix that holds several the values, or what is not gated,
-    come last; of several matrices, too."""
-    found = []
-    config = skeleton.model.config
+    come last; of several matrices in the order of the family's table, too."""
+    order = [row.name for row in skeleton.arch.linears]
+    writers: dict[tuple[str, str], str] = {}
+    for name in sorted(rows, key=lambda name: order.index(skeleton.arch.template(name))):
+        space = {"value": "value", "qkv": "value", "gate_up": "mid"}.get(rows[name].writes)
+        if space is not None:
+            writers[name.rpartition(".")[0], space] = name
+    config, found = skeleton.model.config, []
     heads = (config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads)
     for name, row in rows.items():
-        writes = {"value": ("value", "qkv"), "mid": ("gate_up",)}.get(row.reads)
-        if writes is None:
+        writer = writers.get((name.rpartition(".")[0], row.reads))
+        if writer is None or (row.reads == "value" and plan.kv is not None) or (row.fused and _one_scale(plan.linears[name])):
             continue
-        parent = name.rpartition(".")[0]
-        writers = [other for other, its in rows.items() if its.writes in writes and other.rpartition(".")[0] == parent]
         shape = heads if row.reads == "value" else (1, 1)
-        found.append(Junction(writers[-1], (name,), skeleton.linears[name][1] // shape[1], shape))
+        found.append(Junction(writer, (name,), skeleton.linears[name][1] // shape[1], shape))
     return found
+
+
+def _one_scale(row: LayerPlan) -> bool:
+    return any(scheme is not None and scheme.block == (0, 0) for scheme in (row.weight, row.input))
 
 
 def smoothed(edits: Mapping[str, Edit], skeleton: Skeleton, plan: Plan, factors: Mapping[str, Tensor]) -> dict[str, Edit]:
     """The same edits, done to weights of which first every junction in `factors`, by its writer, is smoothed: what is written
     is divided by its numbers [channels], and the columns that read it are multiplied."""
-    edits = dict(edits)
-    for block in junctions_of(skeleton, plan).values():
-        for junction in block:
+    made = dict(edits)
+    if factors:
+        outputs = {name: shape[0] for name, shape in skeleton.shapes.items()}
+        for junction in (junction for block in junctions_of(skeleton, plan).values() for junction in block):
             if junction.writer in factors:
-                edits |= _at(junction, factors[junction.writer], edits, skeleton)
-    return edits
+                made |= _at(junction, factors[junction.writer], made, outputs)
+    return made
 
 
-def _at(junction: Junction, factors: Tensor, edits: Mapping[str, Edit], skeleton: Skeleton) -> dict[str, Edit]:
+def _at(junction: Junction, factors: Tensor, edits: Mapping[str, Edit], outputs: Mapping[str, int]) -> dict[str, Edit]:
+    """outputs: parameter -> how many it has."""
     made = {}
-    shapes = skeleton.shapes
     for name in (f"{junction.writer}.weight", f"{junction.writer}.bias"):
-        if name in shapes:
+        if name in outputs:
             edit = edits.get(name, Edit())
             rows = _after(partial(_scaled, by=1 / factors), edit.rows)
-            made[name] = replace(edit, rows=rows, start=shapes[name][0] - junction.width)
+            made[name] = replace(edit, rows=rows, start=outputs[name] - junction.width)
     for reader in junction.readers:
         name = f"{reader}.weight"
         edit = edits.get(name, Edit())

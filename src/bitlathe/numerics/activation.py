@@ -90,6 +90,14 @@ def fake_quantize_input(x: Tensor, scheme: Scheme, *, clip: float = 1.0, fixed: 
     return _project(x, scheme, clip, fixed)[0]
 
 
+def rounded_input(x: Tensor, scheme: Scheme | None, *, dtype: str, clip: float = 1.0) -> Tensor:
+    """x [..., inputs] rounded to `scheme`, as it is for None; a static scale is that of x alone. dtype: the plan's."""
+    if scheme is None:
+        return x
+    fixed = static_scale(*torch.aminmax(x), scheme, dtype, clip=clip) if static(scheme) else None
+    return fake_quantize_input(x, scheme, clip=clip, fixed=fixed)
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scheme: Scheme, clip: float, fixed: StaticScale | None) -> Tensor:

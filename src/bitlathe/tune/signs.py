@@ -13,9 +13,8 @@ from bitlathe.model.fold import per_head, rotation_of
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.walk import Start, walk
 from bitlathe.model.weights import Weights
-from bitlathe.numerics.activation import fake_quantize_input, static_scale
+from bitlathe.numerics.activation import rounded_input
 from bitlathe.numerics.hadamard import turn, turn_back
-from bitlathe.numerics.scheme import static
 from bitlathe.plan import Plan
 
 
@@ -82,9 +81,7 @@ class _Errors:
         for rotation in turns:
             assert rotation is not None
             turned = per_head(partial(turn, rotation=rotation), rotation.space, self.skeleton)(plain)
-            low, high = torch.aminmax(turned)
-            fixed = static_scale(low, high, row.input, self.plans[0].dtype, clip=row.clip) if static(row.input) else None
-            rounded = fake_quantize_input(turned, row.input, clip=row.clip, fixed=fixed)
+            rounded = rounded_input(turned, row.input, dtype=self.plans[0].dtype, clip=row.clip)
             lost.append((rounded - turned).square_().sum(dtype=torch.float64))
         before = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = before[0] + torch.stack(lost).cpu(), before[1] + x.square().sum(dtype=torch.float64).cpu()

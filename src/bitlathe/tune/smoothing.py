@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -12,20 +13,19 @@ from torch import Tensor
 from bitlathe.model.block import Block
 from bitlathe.model.edit import Turn
 from bitlathe.model.fold import per_head, rotation_of
-from bitlathe.model.moments import Moments
+from bitlathe.model.moments import Moments, counting
 from bitlathe.model.skeleton import Skeleton
 from bitlathe.model.smooth import Junction, junctions_of
 from bitlathe.model.walk import Start, walk
 from bitlathe.model.weights import Weights
-from bitlathe.numerics.activation import fake_quantize_input, static_scale
+from bitlathe.numerics.activation import rounded_input
 from bitlathe.numerics.hadamard import turn
 from bitlathe.numerics.project import fake_quantize
-from bitlathe.numerics.scheme import static
 from bitlathe.numerics.smoothing import factors
 from bitlathe.plan import LayerPlan, Plan
 
-# Tokens on which the outputs of a linear are compared, about.
-_TOKENS = 512
+# Tokens on which the outputs of a linear are compared, about; with fewer than the second number it has no say.
+_TOKENS, _LEAST_TOKENS = 512, 64
 # A junction is left alone where smoothing leaves more than this part of the error: what is tuned later mends small differences,
 # and measures better.
 _WORTH = 0.95
@@ -34,7 +34,7 @@ _WORTH = 0.95
 @dataclass(frozen=True)
 class Smoothing:
     """factors: writer of a junction -> the factors [channels] of its channels, float32 on the CPU. places: how many junctions
-    there are. left: of those that are smoothed, the part of the error that is left."""
+    were compared. left: of those that are smoothed, the part of the error that is left."""
 
     factors: dict[str, Tensor] = field(default_factory=dict)
     places: int = 0
@@ -48,87 +48,120 @@ def smoothing_of(
     plan: Plan,
     *,
     batch_size: int,
-    listen: Callable[[int, int], None] = lambda done, of: None,
+    listen: Callable[[int, int], None],
 ) -> Smoothing:
     """For every junction that `plan` leaves room for, the factors with which its readers lose least, or none.
 
     weights: of an original without any edits. start: a few windows of text, one stream. What a reader loses is the squared
     error of its outputs, in parts of their squares, where its weight and its inputs are smoothed, turned as the plan says and
-    rounded to nearest; a junction's error is the sum over its readers.
+    rounded to nearest; a junction's error is the sum over its readers. Factors come from every other token, errors from those
+    in between; tokens of extreme norm count for neither (see `counting`).
     """
     found, left, places = {}, [], 0
+    rows = {name: row for name, row in plan.linears.items() if row.weight is not None}
     of_block = junctions_of(skeleton, plan)
     for step in walk(skeleton, weights, start, batch_size=batch_size):
         assert step.inputs is not None
         block, junctions = step.block, of_block[step.block.name]
-        names = [name for junction in junctions for name in junction.readers if name in plan.quantized]
-        seen = _Seen(every=max(1, step.inputs.shape[0] * step.inputs.shape[1] // _TOKENS))
+        names = [name for junction in junctions for name in junction.readers if name in rows]
+        tokens = step.inputs.shape[0] * step.inputs.shape[1]
+        seen = _Seen({name: max(1, int(tokens * skeleton.share(name)) // (2 * _TOKENS)) for name in names})
         with torch.no_grad(), block.watch(names, seen.see):
             for batch in step.inputs.batches(batch_size):
                 block(step.inputs[batch])
-        for junction in junctions:
-            places += 1
-            chosen = _chosen(junction, _Readers(block, skeleton, plan, seen, junction))
-            if chosen is not None:
-                found[junction.writer] = chosen[0].cpu()
-                left.append(chosen[1])
+            for junction in junctions:
+                readers = [
+                    _Reader(block, name, rows[name], seen.sample(name), _turn(skeleton, plan, name), plan.dtype)
+                    for name in junction.readers
+                    if name in rows and seen.count(name) >= _LEAST_TOKENS
+                ]
+                if not readers:
+                    continue
+                places += 1
+                chosen = _chosen(junction, readers, seen, dtype=plan.dtype)
+                if chosen is not None:
+                    found[junction.writer] = chosen[0].cpu()
+                    left.append(chosen[1])
         listen(block.index + 1, skeleton.depth)
         del block, seen
     return Smoothing(found, places, tuple(left))
 
 
 class _Seen:
-    """Of what linears read: the mean squares of channels, and a sample of tokens [tokens, inputs] by name."""
+    """What linears read, of the tokens that count. every: linear -> of so many odd ones one is kept."""
 
-    def __init__(self, *, every: int) -> None:
-        self.moments, self.samples = Moments(), dict[str, list[Tensor]]()
-        self._every = every
+    def __init__(self, every: dict[str, int]) -> None:
+        self.moments = Moments()
+        self.largest: dict[str, Tensor] = {}
+        self._every, self._samples = every, dict[str, list[Tensor]]()
 
     def see(self, name: str, x: Tensor) -> None:
-        """Take in [..., tokens, inputs]."""
-        self.moments.see(name, x)
-        self.samples.setdefault(name, []).append(x.flatten(0, -2)[:: self._every].clone())
+        """Take in [..., tokens, inputs]. The largest magnitudes are those of all tokens."""
+        if not x.numel():
+            return
+        self.moments.see(name, x[..., ::2, :])
+        odd = x[..., 1::2, :]
+        self._samples.setdefault(name, []).append(odd[counting(odd)][:: self._every[name]].clone())
+        largest = x.abs().flatten(0, -2).amax(0)
+        self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
+
+    def sample(self, name: str) -> Tensor:
+        """[tokens, inputs]."""
+        return torch.cat(self._samples[name])
+
+    def count(self, name: str) -> int:
+        """Of the sample's tokens."""
+        return sum(len(part) for part in self._samples.get(name, []))
 
 
-class _Readers:
-    """The quantized readers of a junction that some token has reached."""
+@dataclass(frozen=True)
+class _Reader:
+    """A quantized linear: its row of the plan, a sample of what it reads, and what turns its inputs."""
 
-    def __init__(self, block: Block, skeleton: Skeleton, plan: Plan, seen: _Seen, junction: Junction) -> None:
-        self.plan = plan
-        self.names = [name for name in junction.readers if name in seen.samples and name in plan.quantized]
-        self.weights = {name: block.weight(name).float() for name in self.names}
-        self.samples = {name: torch.cat(seen.samples[name]).float() for name in self.names}
-        self.outputs = {name: self.samples[name] @ self.weights[name].T for name in self.names}
-        self.turns = {name: _turn(skeleton, plan, name) for name in self.names}
-        self.fused = {name: block.fused.get(name, name) for name in self.names}
-        self.moments = [mean for name in self.names if (mean := seen.moments.mean(name)) is not None]
+    block: Block
+    name: str
+    row: LayerPlan
+    sample: Tensor
+    turn: Turn
+    dtype: str
 
-    def error(self, by: Tensor | None) -> float:
-        """Of all readers, where their inputs are divided and the columns of their weights multiplied by `by` [inputs]."""
-        weights = {name: self.turns[name](w if by is None else w * by) for name, w in self.weights.items()}
-        peaks: dict[str, Tensor] = {}
-        for name, w in weights.items():
-            label = self.fused[name]
-            peaks[label] = torch.maximum(peaks.get(label, w.new_zeros(())), w.abs().max())
-        total = 0.0
-        for name, w in weights.items():
-            x, y = self.samples[name], self.outputs[name]
-            rounded = _rounded(self.turns[name](x if by is None else x / by), self.plan.linears[name], self.plan.dtype)
-            scheme = self.plan.quantized[name]
-            z = rounded @ fake_quantize(w, scheme, peak=peaks[self.fused[name]], dtype=torch.float32).T
-            lost, all_of_it = float(z.sub_(y).square_().sum()), float(y.square().sum())
-            total += lost / all_of_it if all_of_it else 0.0
-        return total
+    def weight(self, by: Tensor | None) -> Tensor:
+        """Its weight, float32, as it is turned, of columns multiplied by `by`."""
+        weight = self.block.weight(self.name).float()
+        return self.turn(weight if by is None else weight * by)
+
+    def lost(self, by: Tensor | None, peak: Tensor) -> float:
+        """The squared error of its outputs, in parts of their squares, where its inputs are divided by `by`."""
+        assert self.row.weight is not None
+        x = self.sample.float()
+        y = x @ self.block.weight(self.name).float().T
+        read = rounded_input(self.turn(x if by is None else x / by), self.row.input, dtype=self.dtype, clip=self.row.clip)
+        z = read @ fake_quantize(self.weight(by), self.row.weight, peak=peak, dtype=torch.float32).T
+        all_of_it = float(y.square().sum())
+        return float(z.sub_(y).square_().sum()) / all_of_it if all_of_it else 0.0
 
 
-def _chosen(junction: Junction, readers: _Readers) -> tuple[Tensor, float] | None:
+def _error(readers: Iterable[_Reader], by: Tensor | None) -> float:
+    """Of all readers, one at a time. A scale that a fused group shares covers the largest weight of those that are here."""
+    readers, peaks = list(readers), dict[str, Tensor]()
+    for reader in readers:
+        label = reader.block.fused.get(reader.name, reader.name)
+        peak = reader.weight(by).abs().max()
+        peaks[label] = torch.maximum(peaks.get(label, peak), peak)
+    return sum(reader.lost(by, peaks[reader.block.fused.get(reader.name, reader.name)]) for reader in readers)
+
+
+def _chosen(junction: Junction, readers: list[_Reader], seen: _Seen, *, dtype: str) -> tuple[Tensor, float] | None:
     """The factors as they are written that lose least, and the part of the error that is left; None for none."""
-    if not readers.moments:
+    plain = _error(readers, None)
+    means = [mean for reader in readers if (mean := seen.moments.mean(reader.name)) is not None]
+    if not means or not isfinite(plain) or plain == 0:
         return None
-    x_squares = junction.written(torch.stack(readers.moments).mean(0))
-    w_squares = junction.written(torch.cat(list(readers.weights.values())).square().mean(0))
-    plain = readers.error(None)
-    errors = [(readers.error(junction.read(each)), each) for each in factors(x_squares, w_squares)]
+    x_squares = torch.stack(means).mean(0)
+    w_squares = torch.stack([reader.block.weight(reader.name).float().square().mean(0) for reader in readers]).mean(0)
+    largest = torch.stack([seen.largest[reader.name] for reader in readers]).amax(0)
+    tried = factors(*map(junction.written, (x_squares, w_squares, largest.float())), dtype=dtype)
+    errors = [(error, each) for each in tried if isfinite(error := _error(readers, junction.read(each)))]
     least, best = min(errors, key=lambda error: error[0], default=(plain, x_squares))
     return (best, least / plain) if least < _WORTH * plain else None
 
@@ -136,11 +169,3 @@ def _chosen(junction: Junction, readers: _Readers) -> tuple[Tensor, float] | Non
 def _turn(skeleton: Skeleton, plan: Plan, name: str) -> Turn:
     rotation = rotation_of(plan, skeleton, name)
     return (lambda x: x) if rotation is None else per_head(partial(turn, rotation=rotation), rotation.space, skeleton)
-
-
-def _rounded(x: Tensor, row: LayerPlan, dtype: str) -> Tensor:
-    """A sample of a linear's inputs as its row rounds them."""
-    if row.input is None:
-        return x
-    fixed = static_scale(*torch.aminmax(x), row.input, dtype, clip=row.clip) if static(row.input) else None
-    return fake_quantize_input(x, row.input, clip=row.clip, fixed=fixed)
