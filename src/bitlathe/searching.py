@@ -29,6 +29,7 @@ from bitlathe.report import Listener, Note, Searching
 from bitlathe.starting import best_signs, best_smoothing, smooths
 from bitlathe.version import VERSION
 
+_SMOOTHING = "smoothing"  # where among scores, and under what name, factors are kept
 # A plan has no folder to go to; what `Recipe` asks for is not used.
 _NOWHERE = "."
 
@@ -63,15 +64,12 @@ def sweep(recipe: Recipe, budgets: Sequence[float], listen: Listener) -> Searche
     ready = prepare_search(recipe, budgets)
     for note in ready.notes:
         listen(Note(note))
-    with tempfile.TemporaryDirectory(prefix="bitlathe-") as folder:
-        if smooths(ready):
-            factors, told = best_smoothing(ready, Path(folder), listen)
-            listen(Note(told))
-            ready = ready.smoothed(factors)
-        if recipe.rotation_trials > 1:
+    ready = _smoothed(ready, listen) if smooths(ready) else ready
+    if recipe.rotation_trials > 1:
+        with tempfile.TemporaryDirectory(prefix="bitlathe-") as folder:
             signs = best_signs(ready, Path(folder), listen)
-            listen(Note(signs["told"]))
-            ready = ready.reseeded(signs["draw"])
+        listen(Note(signs["told"]))
+        ready = ready.reseeded(signs["draw"])
     assert ready.space is not None
     space, outcome = ready.space, mix(ready, budgets, listen)
     records = tuple(record_of(outcome, ready, place) for place in range(len(budgets)))
@@ -83,11 +81,21 @@ def sweep(recipe: Recipe, budgets: Sequence[float], listen: Listener) -> Searche
     return Searched(plans, records, uniform)
 
 
+def _smoothed(ready: Prepared, listen: Listener) -> Prepared:
+    """The same with channels smoothed; what they are smoothed by is kept beside the scores."""
+    facts = {"smoothing": ready.plan.model_dump_json(), **_origin(ready), "calibration": _digest({"": ready.tokens})}
+    with Kept(_root(ready) / _SMOOTHING, facts) as kept:
+        if not kept.has(_SMOOTHING, {}):
+            factors, told = best_smoothing(ready, kept.work, listen)
+            listen(Note(told))
+            kept.put(_SMOOTHING, {}, factors)
+        return ready.smoothed(kept.tensors(_SMOOTHING))
+
+
 def mix(ready: Prepared, budgets: Sequence[float], listen: Listener) -> Outcome:
     """What a search of a prepared recipe chooses for each budget."""
     ground = ground_of(ready)
-    root = ready.recipe.scores or user_cache_path("bitlathe", appauthor=False) / "scores"
-    with Kept(root, _facts(ready, ground)) as kept:
+    with Kept(_root(ready), _facts(ready, ground)) as kept:
         return choose(ground, kept, budgets, lambda what, done, of: listen(Searching(what, done, of)))
 
 
@@ -159,24 +167,34 @@ def _told(found: Found, uniform: Mapping[str, tuple[float, Measured]]) -> str:
     return f"{words}; {best} for all has {below[best][1].kl:.4g} at {below[best][0]:.3f}"
 
 
+def _root(ready: Prepared) -> Path:
+    return ready.recipe.scores or user_cache_path("bitlathe", appauthor=False) / "scores"
+
+
 def _facts(ready: Prepared, ground: Ground) -> dict[str, str]:
     """What the scores and measurements depend on."""
-    text = [hashlib.sha256(tokens.numpy().tobytes()).hexdigest() for tokens in (ground.tokens, ground.held_out)]
     return {
-        "model": ready.weights.checkpoint.fingerprint(),
+        **_origin(ready),
         **ground.space.facts(),
         "activations": f"asymmetric {ready.recipe.act_asymmetric}, clip {ready.recipe.act_clip}",
-        "factors": _digest(ready.factors),
-        "calibration": text[0],
-        "held_out": text[1],
+        "factors": _digest(ground.factors),
+        "calibration": _digest({"": ground.tokens}),
+        "held_out": _digest({"": ground.held_out}),
         "seed": str(ground.seed),
+    }
+
+
+def _origin(ready: Prepared) -> dict[str, str]:
+    """What any number found about a model depends on."""
+    return {
+        "model": ready.weights.checkpoint.fingerprint(),
         "device": ready.weights.device.type,
         "version": f"bitlathe {VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
     }
 
 
-def _digest(factors: Mapping[str, Tensor]) -> str:
+def _digest(tensors: Mapping[str, Tensor | None]) -> str:
     whole = hashlib.sha256()
-    for name, each in factors.items():
-        whole.update(name.encode() + each.numpy().tobytes())
+    for name, each in tensors.items():
+        whole.update(name.encode() + (b"" if each is None else each.numpy().tobytes()))
     return whole.hexdigest()

@@ -42,7 +42,7 @@ _ALL, _HALF = (1.0, 0.03), (0.5, 0.1)
 _NEVER = 4  # tokens a channel, below which nothing is made up for
 _REFIT_RIDGE = 0.01
 _AT_A_TIME = 1 << 25  # weights that are solved together
-_FINER = 2  # times as many gradients for the best effort
+_FINER = 3  # times as many gradients for the best effort
 
 
 @dataclass(frozen=True)

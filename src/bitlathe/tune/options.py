@@ -44,7 +44,7 @@ class ClosedFormOptions(BaseModel):
 
     passes: of coordinate descent after the errors were fed back. refits: of the scales, each with a pass of its own. held_out:
     how many sequences judge and are not learned from. gradients: how many sequences tell, by gradients, which errors of a
-    linear's output matter, twice as many with `best`. slices: in how many parts its rows then make up for each other.
+    linear's output matter, three times as many with `best`. slices: in how many parts its rows then make up for each other.
     end_to_end: steps of `best` in which the scales are tuned on what the whole model says.
     """
 
