@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
@@ -21,6 +21,7 @@ from bitlathe.model.weights import Weights
 from bitlathe.numerics.activation import rounded_input
 from bitlathe.numerics.hadamard import turn
 from bitlathe.numerics.project import fake_quantize
+from bitlathe.numerics.scales import nested
 from bitlathe.numerics.smoothing import factors
 from bitlathe.plan import LayerPlan, Plan
 
@@ -130,7 +131,18 @@ class _Reader:
         weight = self.block.weight(self.name).float()
         return self.turn(weight if by is None else weight * by)
 
-    def lost(self, by: Tensor | None, peak: Tensor) -> float:
+    @property
+    def label(self) -> str:
+        """Of the fused group it belongs to; its own name where it is alone."""
+        return self.block.fused.get(self.name, self.name)
+
+    @property
+    def shares(self) -> bool:
+        """Whether it has a scale for the whole matrix, which a fused group shares."""
+        scheme = self.row.weight
+        return scheme is not None and (scheme.block == (0, 0) or nested(scheme))
+
+    def lost(self, by: Tensor | None, peak: Tensor | None) -> float:
         """The squared error of its outputs, in parts of their squares, where its inputs are divided by `by`."""
         assert self.row.weight is not None
         x = self.sample.float()
@@ -141,17 +153,17 @@ class _Reader:
         return float(z.sub_(y).square_().sum()) / all_of_it if all_of_it else 0.0
 
 
-def _error(readers: Iterable[_Reader], by: Tensor | None) -> float:
+def _error(readers: Sequence[_Reader], by: Tensor | None) -> float:
     """Of all readers, one at a time. A scale that a fused group shares covers the largest weight of those that are here."""
-    readers, peaks = list(readers), dict[str, Tensor]()
+    peaks: dict[str, Tensor] = {}
     for reader in readers:
-        label = reader.block.fused.get(reader.name, reader.name)
-        peak = reader.weight(by).abs().max()
-        peaks[label] = torch.maximum(peaks.get(label, peak), peak)
-    return sum(reader.lost(by, peaks[reader.block.fused.get(reader.name, reader.name)]) for reader in readers)
+        if reader.shares:
+            peak = reader.weight(by).abs().max()
+            peaks[reader.label] = torch.maximum(peaks.get(reader.label, peak), peak)
+    return sum(reader.lost(by, peaks.get(reader.label)) for reader in readers)
 
 
-def _chosen(junction: Junction, readers: list[_Reader], seen: _Seen, *, dtype: str) -> tuple[Tensor, float] | None:
+def _chosen(junction: Junction, readers: Sequence[_Reader], seen: _Seen, *, dtype: str) -> tuple[Tensor, float] | None:
     """The factors as they are written that lose least, and the part of the error that is left; None for none."""
     plain = _error(readers, None)
     means = [mean for reader in readers if (mean := seen.moments.mean(reader.name)) is not None]
