@@ -246,6 +246,13 @@ def test_a_token_of_extreme_norm_has_no_say() -> None:
     assert seen.largest["a"][3] == 1e4
 
 
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_an_expert_with_one_token_or_none_has_no_say(tokens: int) -> None:
+    seen = _Seen({"a": 1})
+    seen.see("a", torch.ones(tokens, 8))
+    assert seen.count("a") == 0
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_the_dtype_bounds_the_factors(tmp_path: Path, text: Path, dtype: str) -> None:
     save_model(tmp_path / "m")

@@ -98,10 +98,10 @@ class _Seen:
 
     def see(self, name: str, x: Tensor) -> None:
         """Take in [..., tokens, inputs]. The largest magnitudes are those of all tokens."""
-        if not x.numel():
+        odd = x[..., 1::2, :]
+        if not odd.numel():  # an expert may be given one token, or none
             return
         self.moments.see(name, x[..., ::2, :])
-        odd = x[..., 1::2, :]
         self._samples.setdefault(name, []).append(odd[counting(odd)][:: self._every[name]].clone())
         largest = x.abs().flatten(0, -2).amax(0)
         self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
