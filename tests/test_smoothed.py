@@ -179,9 +179,9 @@ def best(model: Path, text: Path, folder: Path, **fields: Any) -> dict[str, torc
     return best_smoothing(ready, folder, lambda event: None)[0]
 
 
-def stretched(folder: Path, family: str = "llama", **changes: Any) -> None:
+def stretched(folder: Path) -> None:
     """A random model with a channel that sticks out in every place inside of blocks, and is made up for behind it."""
-    model = save_model(folder, family, **changes)
+    model = save_model(folder)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("v_proj.weight", "mlp.up_proj.weight")):
@@ -191,6 +191,17 @@ def stretched(folder: Path, family: str = "llama", **changes: Any) -> None:
             if name.endswith("o_proj.weight"):
                 weight[:, [5, 21]] /= 32  # of the two heads that read the first head's values
     model.save_pretrained(folder)
+
+
+def stretch(folder: Path, mlp: str, channel: int, by: float) -> None:
+    """In a saved model, a channel behind the gate of the MLPs whose names have `mlp` in them, likewise."""
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if f"{mlp}.up_proj" in name:
+            weight[channel] *= by
+        if f"{mlp}.down_proj" in name:
+            weight[:, channel] /= by
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def test_a_channel_that_sticks_out_is_found(tmp_path: Path, text: Path) -> None:
@@ -219,13 +230,7 @@ def test_few_tokens_choose_nothing(tmp_path: Path, text: Path) -> None:
 def test_experts(tmp_path: Path, scheme: str) -> None:
     """Each has channels of its own, but where one scale serves all of them."""
     save_model(tmp_path / "m", "qwen2_moe", moe_intermediate_size=32)
-    weights = load_file(tmp_path / "m" / "model.safetensors")
-    for name, weight in weights.items():
-        if ".experts.1.up_proj" in name:
-            weight[7] *= 64
-        if ".experts.1.down_proj" in name:
-            weight[:, 7] /= 64
-    save_file(weights, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    stretch(tmp_path / "m", ".experts.1", 7, 64)
     text = write_text(tmp_path / "text.txt", 4000)
     found = best(tmp_path / "m", text, tmp_path, scheme=scheme, seqlen=512, smooth=True)
     own = {name for name in found if ".experts." in name}
@@ -256,13 +261,7 @@ def test_an_expert_with_one_token_or_none_has_no_say(tokens: int) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_the_dtype_bounds_the_factors(tmp_path: Path, text: Path, dtype: str) -> None:
     save_model(tmp_path / "m")
-    weights = load_file(tmp_path / "m" / "model.safetensors")
-    for name, weight in weights.items():
-        if "up_proj" in name:
-            weight[5] *= 1024
-        if "down_proj" in name:
-            weight[:, 5] /= 1024
-    save_file(weights, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    stretch(tmp_path / "m", ".mlp", 5, 1024)
     largest = max(factors.log2().abs().max().item() for factors in best(tmp_path / "m", text, tmp_path, dtype=dtype).values())
     assert 4 < largest <= 8 if dtype == "bf16" else largest <= 4
 

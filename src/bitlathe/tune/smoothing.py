@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from math import isfinite
 
 import torch
@@ -126,6 +126,11 @@ class _Reader:
     turn: Turn
     dtype: str
 
+    @cached_property
+    def made(self) -> Tensor:
+        """What it makes of the sample [tokens, outputs], float32, nothing rounded."""
+        return self.sample.float() @ self.block.weight(self.name).float().T
+
     def weight(self, by: Tensor | None) -> Tensor:
         """Its weight, float32, as it is turned, of columns multiplied by `by`."""
         weight = self.block.weight(self.name).float()
@@ -145,8 +150,7 @@ class _Reader:
     def lost(self, by: Tensor | None, peak: Tensor | None) -> float:
         """The squared error of its outputs, in parts of their squares, where its inputs are divided by `by`."""
         assert self.row.weight is not None
-        x = self.sample.float()
-        y = x @ self.block.weight(self.name).float().T
+        x, y = self.sample.float(), self.made
         read = rounded_input(self.turn(x if by is None else x / by), self.row.input, dtype=self.dtype, clip=self.row.clip)
         z = read @ fake_quantize(self.weight(by), self.row.weight, peak=peak, dtype=torch.float32).T
         all_of_it = float(y.square().sum())
@@ -174,7 +178,9 @@ def _chosen(junction: Junction, readers: Sequence[_Reader], seen: _Seen, *, dtyp
     largest = torch.stack([seen.largest[reader.name] for reader in readers]).amax(0)
     tried = factors(*map(junction.written, (x_squares, w_squares, largest.float())), dtype=dtype)
     errors = [(error, each) for each in tried if isfinite(error := _error(readers, junction.read(each)))]
-    least, best = min(errors, key=lambda error: error[0], default=(plain, x_squares))
+    if not errors:
+        return None
+    least, best = min(errors, key=lambda error: error[0])
     return (best, least / plain) if least < _WORTH * plain else None
 
 
