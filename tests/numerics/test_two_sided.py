@@ -10,7 +10,7 @@ from bitlathe.numerics.lattice import Lattice, lattice_of, side_by_side
 from bitlathe.numerics.project import dequantize, quantize
 from bitlathe.numerics.scheme import SCHEMES
 from bitlathe.numerics.solve import Hessian, descend, feed_back, prepared
-from bitlathe.numerics.two_sided import Outputs, cost, refitted, settled, two_sided
+from bitlathe.numerics.two_sided import Outputs, Side, refitted, settled, two_sided
 
 COLUMNS = 128
 
@@ -47,7 +47,8 @@ def test_rows_make_up_for_each_other(scheme: str) -> None:
     moments, outputs = solvable(COLUMNS, 0), solvable(48, 1)
     aim, found, lattice, w = one_sided(48, scheme, 2, moments)
     g = outputs.h[outputs.order.argsort()][:, outputs.order.argsort()]
-    (better,) = two_sided([aim], [found], [lattice], moments, [Outputs(outputs, 8)], passes=2)
+    (side,) = two_sided([Side.of(aim, found, lattice, Outputs(outputs, 8))], moments, passes=2)
+    better = side.rows
     assert lost(aim - better, moments, g) < 0.85 * lost(aim - found, moments, g)
     # What comes out are numbers that codes stand for.
     at = better[moments.order.argsort()].T
@@ -59,20 +60,18 @@ def test_scales_are_refitted_to_what_other_rows_lack() -> None:
     """The same codes lose less on the scales that it gives, and what is moved on them after that less again."""
     moments, outputs = solvable(COLUMNS, 0), solvable(48, 1)
     aim, near, lattice, _ = one_sided(48, "W2A16G32", 2, moments)
-    metric = [Outputs(outputs, 8)]
-    found = two_sided([aim], [near], [lattice], moments, metric, passes=2)
-    back = moments.order.argsort()
-    h = moments.h[back][:, back]
-    (multiples,) = refitted([aim[back]], [found[0][back]], h, metric, width=32, ridge=0.01)
+    (found,) = two_sided([Side.of(aim, near, lattice, Outputs(outputs, 8))], moments, passes=2)
+    multiples = refitted(found, moments, width=32, ridge=0.01)
     assert multiples.shape == (COLUMNS // 32, 48)
-    stretched = found[0] * multiples.repeat_interleave(32, 0)[moments.order]
     scale = lattice.scale * multiples.repeat_interleave(32, 0)[moments.order]
-    wider = Lattice(lattice.grid, lattice.unsigned, scale, None)
-    (moved,) = settled([aim], [stretched], [wider], moments, metric, passes=1)
-    costs = [cost(aim, x, moments, metric[0]) for x in (found[0], stretched, moved)]
+    stretched = found.moved(Lattice(lattice.grid, lattice.unsigned, scale, None))
+    torch.testing.assert_close(stretched.rows, found.rows * multiples.repeat_interleave(32, 0)[moments.order])
+    (moved,) = settled([stretched], moments, passes=1)
+    costs = [side.cost(moments) for side in (found, stretched, moved)]
     assert costs[1] < 0.99 * costs[0] and costs[2] < costs[1]
     g = outputs.h[outputs.order.argsort()][:, outputs.order.argsort()]
-    assert costs[0] == pytest.approx(lost(aim - found[0], moments, g), rel=1e-4)
+    for side in (found, stretched, moved):
+        assert side.cost(moments) == pytest.approx(lost(aim - side.rows, moments, g), rel=1e-4)
 
 
 def test_never_worse_than_what_it_is_given() -> None:
@@ -80,9 +79,9 @@ def test_never_worse_than_what_it_is_given() -> None:
     moments, outputs = solvable(COLUMNS, 0), prepared(torch.eye(40), 0.0)
     assert outputs is not None
     aim, found, lattice, _ = one_sided(40, "W4A16G32", 3, moments)
-    (same,) = two_sided([aim], [found], [lattice], moments, [Outputs(outputs, 8)], passes=0)
+    (same,) = two_sided([Side.of(aim, found, lattice, Outputs(outputs, 8))], moments, passes=0)
     g = torch.eye(40)
-    assert lost(aim - same, moments, g) <= lost(aim - found, moments, g)
+    assert lost(aim - same.rows, moments, g) <= lost(aim - found, moments, g)
 
 
 @pytest.mark.parametrize("rows", [(24, 5, 33), (3, 1)])
@@ -91,13 +90,14 @@ def test_linears_side_by_side_are_those_alone(rows: tuple[int, ...]) -> None:
     moments = solvable(COLUMNS, 0)
     outputs = [solvable(count, 10 + index) for index, count in enumerate(rows)]
     cases = [one_sided(count, "W3A16G32", 20 + index, moments) for index, count in enumerate(rows)]
-    aims, founds, lattices, _ = zip(*cases, strict=True)
-    together = two_sided(aims, founds, lattices, moments, [Outputs(own, 8) for own in outputs], passes=1)
+    sides = [Side.of(*case[:3], Outputs(own, 8)) for case, own in zip(cases, outputs, strict=True)]
+    together = two_sided(sides, moments, passes=1)
     for index, both in enumerate(together):
-        (alone,) = two_sided([aims[index]], [founds[index]], [lattices[index]], moments, [Outputs(outputs[index], 8)], passes=1)
+        (alone,) = two_sided([sides[index]], moments, passes=1)
         g = outputs[index].h[outputs[index].order.argsort()][:, outputs[index].order.argsort()]
         # Sums of other lengths may round otherwise, and a tie fall the other way.
-        assert lost(aims[index] - both, moments, g) == pytest.approx(lost(aims[index] - alone, moments, g), rel=0.02)
+        aim = cases[index][0]
+        assert lost(aim - both.rows, moments, g) == pytest.approx(lost(aim - alone.rows, moments, g), rel=0.02)
 
 
 def test_a_part_of_a_lattice_is_that_of_its_rows() -> None:

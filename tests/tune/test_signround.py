@@ -328,7 +328,7 @@ def test_from_a_searched_start_ranges_grow_and_shrink_but_not_beyond_twice(
         return made[-1]
 
     monkeypatch.setattr("bitlathe.tune.signround.TunedLinear", kept)
-    tune(turn(streams=2, index=1), scheme, iters=12, start="searched", lr=0.02, check_every=1)
+    tune(turn(streams=2, index=1), scheme, iters=12, held_out=0, start="searched", lr=0.02, check_every=1)
     bounds = {(low, high) for linear in made for _, low, high in linear.bounded()}
     assert bounds == {(-0.5, 0.5), (0.0, 2.0)}
     ranges = [(start, learned) for linear in made for start, learned in _ends(linear)]

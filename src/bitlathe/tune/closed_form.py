@@ -26,7 +26,7 @@ from bitlathe.numerics.lattice import Lattice, lattice_of, side_by_side
 from bitlathe.numerics.project import Learned, quantize, search
 from bitlathe.numerics.scheme import GRIDS, Scheme
 from bitlathe.numerics.solve import Hessian, descend, feed_back, prepared, refit, towards
-from bitlathe.numerics.two_sided import Outputs, cost, refitted, settled, two_sided
+from bitlathe.numerics.two_sided import Outputs, Side, refitted, settled, two_sided
 from bitlathe.tune.base import Listen, Needs, Tuned, error_between, held_out
 from bitlathe.tune.fisher import metrics_of
 from bitlathe.tune.grams import Gram, blended, grams_of
@@ -214,31 +214,24 @@ def _lost(found: _Found, check: Gram) -> float:
 
 def _across(tried: list[_Found], hessian: Hessian, outputs: Mapping[str, Hessian], options: ClosedFormOptions) -> list[_Found]:
     """The same with rows that make up for each other; then on scales that are refitted to that."""
-    order, back = hessian.order, hessian.order.argsort()
-    works, wanted, metrics = [], [], []
+    order, back, works, sides = hessian.order, hessian.order.argsort(), [one.work for one in tried], []
     for one in tried:
-        works.append(one.work)
-        wanted.append(one.wanted.T[order])
-        metrics.append(Outputs(outputs[one.work.name], options.slices))
-    lattices = [work.lattice().ordered(order) for work in works]
-    found = [one.weight.T[order] for one in tried]
-    found = two_sided(wanted, found, lattices, hessian, metrics, passes=options.passes)
-    scheme, h = works[0].scheme, hessian.h[back][:, back]
-    costs = [cost(aim, x, hessian, metric) for aim, x, metric in zip(wanted, found, metrics, strict=True)]
+        metric = Outputs(outputs[one.work.name], options.slices)
+        sides.append(Side.of(one.wanted.T[order], one.weight.T[order], one.work.lattice().ordered(order), metric))
+    sides = two_sided(sides, hessian, passes=options.passes)
+    scheme = works[0].scheme
     for _ in range(options.refits if _refits(scheme) else 0):
-        width = scheme.block[1] or len(h)
-        own = [x[back] for x in found]
-        multiples = refitted([one.wanted.T for one in tried], own, h, metrics, width=width, ridge=_REFIT_RIDGE)
-        stretched = [work.stretched(each) for work, each in zip(works, multiples, strict=True)]
-        others = [work.lattice().ordered(order) for work in stretched]
-        moved = [lattice.moved(x, other) for lattice, x, other in zip(lattices, found, others, strict=True)]
-        moved = settled(wanted, moved, others, hessian, metrics, passes=1)
-        for index, metric in enumerate(metrics):
-            now = cost(wanted[index], moved[index], hessian, metric)
-            if now < costs[index]:
-                works[index], lattices[index], found[index], costs[index] = stretched[index], others[index], moved[index], now
-    parts = zip(tried, works, found, strict=True)
-    return [replace(one, work=work, weight=x[back].T.contiguous()) for one, work, x in parts]
+        width = scheme.block[1] or len(order)
+        stretched = [
+            work.stretched(refitted(side, hessian, width=width, ridge=_REFIT_RIDGE))
+            for work, side in zip(works, sides, strict=True)
+        ]
+        moved = [side.moved(work.lattice().ordered(order)) for side, work in zip(sides, stretched, strict=True)]
+        for index, side in enumerate(settled(moved, hessian, passes=1)):
+            if side.cost(hessian) < sides[index].cost(hessian):
+                works[index], sides[index] = stretched[index], side
+    parts = zip(tried, works, sides, strict=True)
+    return [replace(one, work=work, weight=side.rows[back].T.contiguous()) for one, work, side in parts]
 
 
 def _refits(scheme: Scheme) -> bool:
