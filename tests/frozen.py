@@ -28,12 +28,15 @@ class Frozen:
             yield step
 
     def model(self) -> PreTrainedModel:
+        """In the dtype of a result, which its weights were rounded to, whatever the run computes in."""
         model, arch = copy.deepcopy(self.skeleton.model), self.skeleton.arch
         for block in self.blocks:
             parent, _, child = block.name.rpartition(".")
             model.get_submodule(parent).register_module(child, block.module)
         names = [name for part in (arch.embed, arch.norm, arch.head) for name in self.skeleton.parameters_of(part)]
         model.load_state_dict(self.weights.read(names), strict=False, assign=True)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(self.weights.held)
         materialise_buffers(model, [model], torch.device("cpu"))
         model.tie_weights()
         return model

@@ -57,6 +57,26 @@ def test_in_memory_saved_and_loaded_are_one_model(
     assert not torch.equal(loaded, logits(tmp_path / "m"))
 
 
+@pytest.mark.parametrize(
+    "tuned", [{"tuner": "closed-form", "iters": 200}, {"tuner": "signround"}], ids=["closed-form", "signround"]
+)
+@pytest.mark.parametrize("computed", [torch.bfloat16, torch.float32], ids=["in bf16", "in fp32"])
+def test_the_model_in_memory_is_the_loaded_one_whatever_it_was_computed_in(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, tuned: dict[str, Any], computed: torch.dtype
+) -> None:
+    save_model(tmp_path / "m", "qwen2")
+    monkeypatch.setattr("bitlathe.prepare.computed_in", lambda dtype, device: computed)
+    frozen = Frozen(monkeypatch)
+    asked = SMALL | {"scheme": "W4A4", "rotate": "R1,R2,R4"} | tuned
+    notes = listen_to(merge({"model": str(tmp_path / "m"), "out": tmp_path / "q", "calib": str(text), **asked}), Note)
+    assert (frozen.weights.dtype, frozen.weights.held) == (computed, torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(logits(tmp_path / "q"), frozen.model()(TOKENS).logits)
+    stored = {tensor.dtype for file in (tmp_path / "q").glob("*.safetensors") for tensor in load_file(file).values()}
+    assert torch.bfloat16 in stored and torch.float32 not in stored
+    assert any("no products of bf16" in note.text for note in notes) == (computed == torch.float32)
+
+
 def test_a_fresh_process_gives_the_same_logits_and_generates(tmp_path: Path, text: Path) -> None:
     save_model(tmp_path / "m", tie_word_embeddings=True)
     bitlathe.quantize(str(tmp_path / "m"), out=tmp_path / "q", calib=str(text), **SMALL | {"tuner": "rtn"})

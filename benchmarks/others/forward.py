@@ -8,13 +8,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.others.job import Job, Made, answer
+from bitlathe.model.source import computed_in
 
 
 @torch.no_grad()
 def work(job: Job) -> Made:
-    """In 16 bits, as quantizers run it, logits included; after a batch to warm up."""
+    """In what a quantizer computes in there, logits included; after a batch to warm up."""
     stored = AutoConfig.from_pretrained(job.model).dtype
-    dtype = torch.float16 if stored == torch.float16 else torch.bfloat16
+    dtype = computed_in(torch.float16 if stored == torch.float16 else torch.bfloat16, torch.device(job.device))
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype).eval().to(job.device)
     batches = job.windows().to(job.device).split(job.batch)
     model(batches[0])

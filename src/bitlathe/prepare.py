@@ -26,7 +26,7 @@ from bitlathe.model.calib import characters_for, refuse_strange_tokens, text_of,
 from bitlathe.model.dequantized import Dequantized, as_original
 from bitlathe.model.fold import edits_of
 from bitlathe.model.skeleton import Skeleton
-from bitlathe.model.source import device_named, open_model, stored_dtype
+from bitlathe.model.source import computed_in, device_named, open_model, stored_dtype
 from bitlathe.model.weights import DTYPES, Weights
 from bitlathe.numerics.scheme import static
 from bitlathe.plan import Plan
@@ -162,7 +162,8 @@ def prepare_search(recipe: Recipe, budgets: Sequence[float]) -> Prepared:
     forced = [format.dtype for format in formats.values() if format.dtype is not None]
     asked = recipe.dtype if recipe.dtype != "auto" else next(iter(forced), stored)
     dtype = "fp16" if asked == "fp16" else "bf16"
-    skeleton, weights = open_model(checkpoint, device=device, dtype=DTYPES[dtype])
+    skeleton, weights = open_model(checkpoint, device=device, dtype=computed_in(DTYPES[dtype], device))
+    weights = replace(weights, through=DTYPES[dtype])
     if weights.plan is not None:
         raise CheckpointError(f"{checkpoint.path} is quantized already. Quantize the original model instead")
     notes = _unused(checkpoint, skeleton)
@@ -184,6 +185,8 @@ def prepare_search(recipe: Recipe, budgets: Sequence[float]) -> Prepared:
     if dtype != stored:
         why = f", which readers of {', '.join(recipe.formats)} hold scales in" if dtype in forced else ""
         notes = (*notes, f"the model is stored in {stored}; the result and everything measured on the way is in {dtype}{why}")
+    if weights.dtype != weights.held:
+        notes = (*notes, f"this CPU has no products of {dtype}: what is computed on the way is in fp32, of weights in {dtype}")
     return replace(ready, text=text, notes=notes)
 
 

@@ -47,8 +47,8 @@ class Ground:
     def scored(self) -> Weights:
         """The weights that scores are made with: gradients of single tokens are below what fp16 holds."""
         weights = self.weights.unrounded
-        return replace(weights, dtype=torch.float32, through=self.dtype) if self.dtype == torch.float16 else weights
+        return replace(weights, dtype=torch.float32) if self.dtype == torch.float16 else weights
 
     def measured(self, plan: Plan) -> Weights:
         """The weights of the result of a plan in the dtype in which models are measured; those of linears before rounding."""
-        return replace(self.weights, dtype=torch.float32, through=self.dtype, edits=edits_of(self.skeleton, plan, self.factors))
+        return replace(self.weights, dtype=torch.float32, edits=edits_of(self.skeleton, plan, self.factors))

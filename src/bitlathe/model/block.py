@@ -31,7 +31,8 @@ class Block:
     linears: the names that a plan may quantize. fused: linear -> label of the group that is served as one matrix. stages: the
     linears in the order in which they run, in groups that read the same; experts side by side.
     onto: linear -> the norm that reads what its output is added to, for those whose output is added as it is.
-    call: the keyword arguments the model would have called it with, beside the hidden states. attention: the name of its
+    call: the keyword arguments the model would have called it with, beside the hidden states. dtype: what it computes in; held:
+    what its weights are rounded to on the way there. attention: the name of its
     attention module, None where it has none.
     """
 
@@ -42,6 +43,7 @@ class Block:
     fused: Mapping[str, str]
     call: Mapping[str, Any]
     dtype: torch.dtype
+    held: torch.dtype
     attention: str | None = None
     stages: tuple[tuple[tuple[str, ...], ...], ...] = ()
     onto: Mapping[str, str] = field(default_factory=dict)
@@ -98,7 +100,8 @@ class Block:
 
     def freeze(self, layers: Mapping[str, QuantLayer]) -> None:
         """From here on the block runs the codes of `layers`."""
-        self.swap({name: QuantLinear(layer.weight, self.linear(name), self.dtype) for name, layer in layers.items()})
+        made = {name: QuantLinear(layer.weight, self.linear(name), self.held) for name, layer in layers.items()}
+        self.swap({name: linear.to(self.dtype) for name, linear in made.items()})
 
     def quantize_inputs(self, plan: Plan, fixed: Mapping[str, StaticScale | None]) -> None:
         """From here on the linears and the cache see their inputs as `plan` rounds them; until now they were only turned.

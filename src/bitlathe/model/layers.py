@@ -50,8 +50,8 @@ class TunedLinear(StagedLinear):
     """A linear that learns how to be rounded: y = x W'^T + b with W' the projection of W under `learned`.
 
     weight: [outputs, inputs] float32, fixed. offset [outputs, inputs] in grid steps, low and high [blocks] as multiples of the
-    two ends of the range that `start` gives: what is learned, no multiple above `most`. It computes in the dtype of its input's
-    block, `dtype`.
+    two ends of the range that `start` gives: what is learned, no multiple above `most`. dtype: what W' is
+    rounded to.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class TunedLinear(StagedLinear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
         weight = fake_quantize(self.weight, self.scheme, self.learned, peak=self.peak, dtype=self.dtype)
-        return F.linear(self.stage(input), weight, self.bias)
+        return F.linear(self.stage(input), weight.to(input.dtype), self.bias)
 
 
 def _times(start: Tensor | None, multiple: Tensor | None) -> Tensor | None:

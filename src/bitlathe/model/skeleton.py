@@ -172,7 +172,7 @@ class Skeleton:
         linears = tuple(linear for linear in self.linears if linear.startswith(prefix) and not self.rows[linear].router)
         attention = f"{name}.{self.arch.attention}"
         order = {"stages": self._stages(linears), "onto": self._onto(linears)}
-        block = Block(index, name, module, linears, self.fused, call, weights.dtype, attention, **order)
+        block = Block(index, name, module, linears, self.fused, call, weights.dtype, weights.held, attention, **order)
         return staged(block, weights)
 
     def _stages(self, linears: Iterable[str]) -> tuple[tuple[tuple[str, ...], ...], ...]:
@@ -198,7 +198,7 @@ class Skeleton:
         _put(model, self.arch.base, _Tail(norm))
         _put(model, self.arch.head, head)
         linears = (self.arch.head,)
-        return staged(Head(self.depth, "", model, linears, {}, {}, weights.dtype, None), weights)
+        return staged(Head(self.depth, "", model, linears, {}, {}, weights.dtype, weights.held), weights)
 
     def front(self, weights: Weights) -> Front:
         """What comes before the blocks: embeddings and the calls that the blocks will receive."""

@@ -55,10 +55,10 @@ class Weights:
             # A head that shares the weight of the embeddings shares what becomes of it.
             tensor, edit = found[stored].to(self.device), self.edits.get(name, self.edits.get(stored))
             if edit is None:
-                made = tensor.to(self.through or self.dtype)
+                made = tensor.to(self.held)
             else:
                 gain = None if edit.gain is None else found[edit.gain].to(self.device)
-                made = edit(tensor, gain, dtype=self.through or self.dtype)
+                made = edit(tensor, gain, dtype=self.held)
             read[name] = made.to(self.dtype)
         for name, linear in coded.items():
             layer = self.layer(linear)
@@ -69,6 +69,11 @@ class Weights:
     def unrounded(self) -> Weights:
         """The same without anything rounded to codes: what is to be approximated."""
         return replace(self, edits={name: replace(edit, scheme=None) for name, edit in self.edits.items()})
+
+    @property
+    def held(self) -> torch.dtype:
+        """What a result holds them in."""
+        return self.through or self.dtype
 
     def layer(self, linear: str) -> QuantLayer:
         """The codes of one quantized linear, decoded on `device`. Raises CheckpointError, with its name and the folder."""

@@ -58,7 +58,7 @@ class SignRound:
         starts = self._starts(block, inputs, schemes, peaks)
         most = _WIDER if self.options.start == "searched" else 1.0
         tuned = {
-            name: TunedLinear(block.linear(name), scheme, starts[name], peak=peaks[name], dtype=block.dtype, most=most)
+            name: TunedLinear(block.linear(name), scheme, starts[name], peak=peaks[name], dtype=block.held, most=most)
             for name, scheme in schemes.items()
         }
         block.swap(tuned)
