@@ -15,8 +15,9 @@ from benchmarks.quality import SETTINGS
 from bitlathe.io.checkpoint import Checkpoint
 from bitlathe.model.calib import characters_for, text_of, tokenizer_of, windows_of
 from bitlathe.model.hidden import Budget
-from bitlathe.model.source import device_named, open_model
+from bitlathe.model.source import computed_in, device_named, open_model, stored_dtype
 from bitlathe.model.walk import Step, begin, walk
+from bitlathe.model.weights import DTYPES
 from bitlathe.numerics.scheme import scheme_named
 from bitlathe.tune.options import SignRoundOptions
 from bitlathe.tune.signround import SignRound
@@ -29,7 +30,7 @@ def table(model: str, calib: str, *, device: str) -> Iterator[str]:
     """Seconds a step of both sides, and their ratio turn by turn."""
     place = device_named(device)
     checkpoint = Checkpoint(model)
-    skeleton, weights = open_model(checkpoint, device=place)
+    skeleton, weights = open_model(checkpoint, device=place, dtype=computed_in(DTYPES[stored_dtype(checkpoint)], place))
     seqlen, samples, batch = SETTINGS["seqlen"], 32, SETTINGS["batch_size"]
     documents = text_of(calib, "calibration", characters=characters_for(samples, seqlen))
     tokens = windows_of(tokenizer_of(checkpoint.path), documents, seqlen=seqlen, count=samples, seed=0)

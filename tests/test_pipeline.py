@@ -57,24 +57,40 @@ def test_in_memory_saved_and_loaded_are_one_model(
     assert not torch.equal(loaded, logits(tmp_path / "m"))
 
 
-@pytest.mark.parametrize(
-    "tuned", [{"tuner": "closed-form", "iters": 200}, {"tuner": "signround"}], ids=["closed-form", "signround"]
-)
-@pytest.mark.parametrize("computed", [torch.bfloat16, torch.float32], ids=["in bf16", "in fp32"])
-def test_the_model_in_memory_is_the_loaded_one_whatever_it_was_computed_in(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, tuned: dict[str, Any], computed: torch.dtype
+COMPUTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "closed-form, rotated": ("qwen2", {"scheme": "W4A4", "rotate": "R1,R2,R4", "tuner": "closed-form", "iters": 200}),
+    "signround, rotated": ("llama", {"scheme": "W4A4", "rotate": "R1,R2,R4", "tuner": "signround"}),
+    "static scales, cache": ("gemma2", {"scheme": "W8A8_STATIC", "kv": "8", "tuner": "signround"}),
+    "experts": ("qwen3_moe", {"scheme": "NVFP4", "tuner": "closed-form", "iters": 200}),
+    "end to end": ("qwen3", {"scheme": "W4A16G32", "tuner": "closed-form", "effort": "best", "iters": 200}),
+}
+
+
+@pytest.mark.parametrize(("family", "asked"), COMPUTED.values(), ids=COMPUTED)
+def test_a_run_in_float32_makes_the_model_that_is_loaded(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, family: str, asked: dict[str, Any]
 ) -> None:
-    save_model(tmp_path / "m", "qwen2")
-    monkeypatch.setattr("bitlathe.prepare.computed_in", lambda dtype, device: computed)
+    """The weights in memory are those of a result in bfloat16."""
+    save_model(tmp_path / "m", family)
+    monkeypatch.setattr("bitlathe.prepare.computed_in", lambda dtype, device: torch.float32)
     frozen = Frozen(monkeypatch)
-    asked = SMALL | {"scheme": "W4A4", "rotate": "R1,R2,R4"} | tuned
+    asked = {key: value for key, value in (SMALL | asked).items() if value is not None}
     notes = listen_to(merge({"model": str(tmp_path / "m"), "out": tmp_path / "q", "calib": str(text), **asked}), Note)
-    assert (frozen.weights.dtype, frozen.weights.held) == (computed, torch.bfloat16)
-    with torch.no_grad():
-        assert torch.equal(logits(tmp_path / "q"), frozen.model()(TOKENS).logits)
+    assert (frozen.weights.dtype, frozen.weights.held) == (torch.float32, torch.bfloat16)
+    if asked.get("effort") != "best":  # which writes the blocks anew
+        with torch.no_grad():
+            assert torch.equal(logits(tmp_path / "q"), frozen.model()(TOKENS).logits)
     stored = {tensor.dtype for file in (tmp_path / "q").glob("*.safetensors") for tensor in load_file(file).values()}
     assert torch.bfloat16 in stored and torch.float32 not in stored
-    assert any("no products of bf16" in note.text for note in notes) == (computed == torch.float32)
+    assert any("no products of bf16" in note.text for note in notes)
+
+
+def test_a_run_is_not_continued_in_another_arithmetic(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "m")
+    asked = merge({"model": str(tmp_path / "m"), "out": tmp_path / "q", "calib": str(text), **SMALL})
+    first = prepare(asked).fingerprint()
+    monkeypatch.setattr("bitlathe.prepare.computed_in", lambda dtype, device: torch.float32)
+    assert {key for key, value in prepare(asked).fingerprint().items() if value != first[key]} == {"arithmetic"}
 
 
 def test_a_fresh_process_gives_the_same_logits_and_generates(tmp_path: Path, text: Path) -> None:

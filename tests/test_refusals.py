@@ -30,7 +30,7 @@ from bitlathe.errors import (
     UnsupportedModel,
 )
 from bitlathe.io.checkpoint import Checkpoint
-from bitlathe.prepare import prepare
+from bitlathe.prepare import Prepared, prepare
 from bitlathe.recipe import Recipe, merge
 from families import save_model, write_text
 
@@ -455,14 +455,17 @@ def test_too_little_disk(model: Path, monkeypatch: pytest.MonkeyPatch, formats: 
 
 @pytest.mark.usefixtures("sealed")
 def test_too_little_disk_for_hidden_states(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two streams of 4 windows of 16 tokens, 64 numbers of 2 bytes each: what memory does not hold lies on the disk."""
+    """Two streams of 4 windows of 16 tokens, 64 numbers each: what memory does not hold lies on the disk."""
     changes: dict[str, Any] = {"tuner": "signround", "calib": str(model / "text.txt")}
-    stream = 4 * 16 * 64 * 2
+
+    def ready(activations: int) -> Prepared:
+        asked = {**RTN, **changes, "memory": {"activations": activations}}
+        return prepare(Recipe(model=str(model), out=model.parent / "q", **asked))
 
     def needs(activations: int) -> int:
-        asked = {**RTN, **changes, "memory": {"activations": activations}}
-        return prepare(Recipe(model=str(model), out=model.parent / "q", **asked)).bytes_needed()
+        return ready(activations).bytes_needed()
 
+    stream = 4 * 16 * 64 * ready(1).weights.dtype.itemsize
     assert [needs(2 * stream - 1) - needs(2 * stream), needs(1) - needs(2 * stream)] == [stream, 2 * stream]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**40, 2**40, needs(2 * stream)))
     refused(OutputError, model, ["Make room"], memory={"activations": 1}, **changes)

@@ -13,7 +13,7 @@ from bitlathe.model.source import computed_in
 
 @torch.no_grad()
 def work(job: Job) -> Made:
-    """In what a quantizer computes in there, logits included; after a batch to warm up."""
+    """In what our runs compute in there, logits included; after a batch to warm up."""
     stored = AutoConfig.from_pretrained(job.model).dtype
     dtype = computed_in(torch.float16 if stored == torch.float16 else torch.bfloat16, torch.device(job.device))
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype).eval().to(job.device)

@@ -272,7 +272,7 @@ def _kept_tensors(ready: Prepared, index: int, schemes: Mapping[str, Any]) -> di
     skeleton = ready.skeleton
     coded = {f"{name}.weight" for name in (*schemes, skeleton.arch.embed) if name in ready.plan.quantized}
     names = [name for name in skeleton.shard(index) if name not in coded]
-    return {name: tensor.to("cpu", ready.weights.held) for name, tensor in ready.weights.read(names).items()}
+    return {name: tensor.cpu() for name, tensor in ready.weights.as_held.read(names).items()}
 
 
 def _table(ready: Prepared) -> dict[str, QuantLayer]:

@@ -135,6 +135,7 @@ class Prepared:
             **{f"recipe.{name}": json.dumps(value) for name, value in self.recipe.settings().items()},
             "rotations": json.dumps([rotation.model_dump() for rotation in self.plan.rotations]),
             "device": self.weights.device.type,
+            "arithmetic": str(self.weights.dtype),
             "model": self.weights.checkpoint.fingerprint(),
             "calibration": hashlib.sha256(text).hexdigest(),
             "version": f"bitlathe {VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
@@ -184,8 +185,11 @@ def prepare_search(recipe: Recipe, budgets: Sequence[float]) -> Prepared:
         notes = (*notes, "the model is published in FP8: its weights are read as floats, and its activations are not rounded")
     if dtype != stored:
         why = f", which readers of {', '.join(recipe.formats)} hold scales in" if dtype in forced else ""
-        notes = (*notes, f"the model is stored in {stored}; the result and everything measured on the way is in {dtype}{why}")
-    if weights.dtype != weights.held:
+        notes = (
+            *notes,
+            f"the model is stored in {stored}; the result, and the model that is measured on the way, is in {dtype}{why}",
+        )
+    if reads and weights.dtype != weights.held:
         notes = (*notes, f"this CPU has no products of {dtype}: what is computed on the way is in fp32, of weights in {dtype}")
     return replace(ready, text=text, notes=notes)
 

@@ -121,7 +121,7 @@ def _plain(ready: Prepared) -> tuple[Skeleton, Weights]:
     """The original as its checkpoint has it, in float32. A skeleton is built anew only where the head got a weight."""
     if ready.plan.untied:
         return open_model(ready.weights.checkpoint, device=ready.weights.device, dtype=torch.float32)
-    return ready.skeleton, replace(ready.weights, plan=None, edits={}, dtype=torch.float32)
+    return ready.skeleton, replace(ready.weights, plan=None, edits={}, dtype=torch.float32, through=None)
 
 
 def record_of(outcome: Outcome, ready: Prepared, place: int = 0) -> dict[str, Any]:
@@ -189,6 +189,7 @@ def _origin(ready: Prepared) -> dict[str, str]:
     return {
         "model": ready.weights.checkpoint.fingerprint(),
         "device": ready.weights.device.type,
+        "arithmetic": str(ready.weights.dtype),
         "version": f"bitlathe {VERSION}, torch {torch.__version__}, transformers {transformers.__version__}",
     }
 

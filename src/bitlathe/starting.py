@@ -34,7 +34,7 @@ def start_on(
     listen: Listener = lambda event: None,
 ) -> Start:
     """The beginning of a walk over the windows `tokens`; hidden states that do not fit into memory go to `folder`."""
-    refuse_infinite(ready.weights.read(ready.skeleton.parameters_of(ready.skeleton.arch.embed)), ready.plan.dtype)
+    refuse_infinite(ready.weights.as_held.read(ready.skeleton.parameters_of(ready.skeleton.arch.embed)), ready.plan.dtype)
     budget = Budget(ready.recipe.memory.activations, folder)
     start = begin(ready.skeleton, ready.weights, tokens, budget, streams=needs.streams, beside=needs.beside)
     if not needs.gradients:

@@ -48,7 +48,7 @@ def test_rows_make_up_for_each_other(scheme: str) -> None:
     aim, found, lattice, w = one_sided(48, scheme, 2, moments)
     g = outputs.h[outputs.order.argsort()][:, outputs.order.argsort()]
     (side,) = two_sided([Side.of(aim, found, lattice, Outputs(outputs, 8))], moments, passes=2)
-    better = side.rows
+    better = side.result
     assert lost(aim - better, moments, g) < 0.85 * lost(aim - found, moments, g)
     # What comes out are numbers that codes stand for.
     at = better[moments.order.argsort()].T
@@ -65,13 +65,13 @@ def test_scales_are_refitted_to_what_other_rows_lack() -> None:
     assert multiples.shape == (COLUMNS // 32, 48)
     scale = lattice.scale * multiples.repeat_interleave(32, 0)[moments.order]
     stretched = found.moved(Lattice(lattice.grid, lattice.unsigned, scale, None))
-    torch.testing.assert_close(stretched.rows, found.rows * multiples.repeat_interleave(32, 0)[moments.order])
+    torch.testing.assert_close(stretched.result, found.result * multiples.repeat_interleave(32, 0)[moments.order])
     (moved,) = settled([stretched], moments, passes=1)
     costs = [side.cost(moments) for side in (found, stretched, moved)]
     assert costs[1] < 0.99 * costs[0] and costs[2] < costs[1]
     g = outputs.h[outputs.order.argsort()][:, outputs.order.argsort()]
     for side in (found, stretched, moved):
-        assert side.cost(moments) == pytest.approx(lost(aim - side.rows, moments, g), rel=1e-4)
+        assert side.cost(moments) == pytest.approx(lost(aim - side.result, moments, g), rel=1e-4)
 
 
 def test_never_worse_than_what_it_is_given() -> None:
@@ -81,7 +81,7 @@ def test_never_worse_than_what_it_is_given() -> None:
     aim, found, lattice, _ = one_sided(40, "W4A16G32", 3, moments)
     (same,) = two_sided([Side.of(aim, found, lattice, Outputs(outputs, 8))], moments, passes=0)
     g = torch.eye(40)
-    assert lost(aim - same.rows, moments, g) <= lost(aim - found, moments, g)
+    assert lost(aim - same.result, moments, g) <= lost(aim - found, moments, g)
 
 
 @pytest.mark.parametrize("rows", [(24, 5, 33), (3, 1)])
@@ -97,7 +97,7 @@ def test_linears_side_by_side_are_those_alone(rows: tuple[int, ...]) -> None:
         g = outputs[index].h[outputs[index].order.argsort()][:, outputs[index].order.argsort()]
         # Sums of other lengths may round otherwise, and a tie fall the other way.
         aim = cases[index][0]
-        assert lost(aim - both.rows, moments, g) == pytest.approx(lost(aim - alone.rows, moments, g), rel=0.02)
+        assert lost(aim - both.result, moments, g) == pytest.approx(lost(aim - alone.result, moments, g), rel=0.02)
 
 
 def test_a_part_of_a_lattice_is_that_of_its_rows() -> None:

@@ -32,15 +32,15 @@ from families import save_model, write_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-# Of what best effort takes twice, half: it then rounds as normal effort does, and only what comes at the end is its own.
-HALF = {"end_to_end": 12, "gradients": 8}
+# Best effort takes three times as many gradients: with these it rounds as normal effort does, and only the end is its own.
+NORMAL, BEST = {"gradients": 24}, {"gradients": 8, "end_to_end": 12}
 
 
 def folder(tmp_path: Path) -> dict[str, Any]:
     """What a run on a small random model is asked, but for where its result goes."""
     save_model(tmp_path / "m", num_hidden_layers=2)
     text = write_text(tmp_path / "text.txt", 1500)
-    asked = {"scheme": "W2A16G32", "calib": str(text), "samples": 12, "seqlen": 32, "device": "cpu", "batch_size": 4}
+    asked = {"scheme": "W2A16G32", "calib": str(text), "samples": 48, "seqlen": 32, "device": "cpu", "batch_size": 4}
     return {"model": str(tmp_path / "m"), **asked}
 
 
@@ -49,8 +49,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     """A folder with the results of normal and best effort, what was asked, and what the latter told."""
     tmp_path = tmp_path_factory.mktemp("made")
     asked, told = folder(tmp_path), list[Event]()
-    bitlathe.quantize(out=tmp_path / "normal", **asked)
-    bitlathe.quantize(out=tmp_path / "best", effort="best", closed_form=HALF, listen=told.append, **asked)
+    bitlathe.quantize(out=tmp_path / "normal", closed_form=NORMAL, **asked)
+    bitlathe.quantize(out=tmp_path / "best", effort="best", closed_form=BEST, listen=told.append, **asked)
     return tmp_path, asked, told
 
 
@@ -84,7 +84,7 @@ def test_interrupted_at_the_end_and_continued_gives_the_same_bytes(
     made: tuple[Path, dict[str, Any], list[Event]], tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, asked, _ = made
-    asked = {**asked, "effort": "best", "closed_form": HALF}
+    asked = {**asked, "effort": "best", "closed_form": BEST}
 
     class Stopped(Exception):
         pass

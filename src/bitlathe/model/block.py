@@ -32,8 +32,7 @@ class Block:
     linears in the order in which they run, in groups that read the same; experts side by side.
     onto: linear -> the norm that reads what its output is added to, for those whose output is added as it is.
     call: the keyword arguments the model would have called it with, beside the hidden states. dtype: what it computes in; held:
-    what its weights are rounded to on the way there. attention: the name of its
-    attention module, None where it has none.
+    what its weights are rounded to on the way there. attention: the name of its attention module, None where it has none.
     """
 
     index: int
@@ -100,8 +99,8 @@ class Block:
 
     def freeze(self, layers: Mapping[str, QuantLayer]) -> None:
         """From here on the block runs the codes of `layers`."""
-        made = {name: QuantLinear(layer.weight, self.linear(name), self.held) for name, layer in layers.items()}
-        self.swap({name: linear.to(self.dtype) for name, linear in made.items()})
+        for name, layer in layers.items():
+            self.swap({name: QuantLinear(layer.weight, self.linear(name), self.held).to(self.dtype)})
 
     def quantize_inputs(self, plan: Plan, fixed: Mapping[str, StaticScale | None]) -> None:
         """From here on the linears and the cache see their inputs as `plan` rounds them; until now they were only turned.

@@ -50,8 +50,7 @@ class TunedLinear(StagedLinear):
     """A linear that learns how to be rounded: y = x W'^T + b with W' the projection of W under `learned`.
 
     weight: [outputs, inputs] float32, fixed. offset [outputs, inputs] in grid steps, low and high [blocks] as multiples of the
-    two ends of the range that `start` gives: what is learned, no multiple above `most`. dtype: what W' is
-    rounded to.
+    two ends of the range that `start` gives: what is learned, no multiple above `most`. dtype: what W' is rounded to.
     """
 
     def __init__(

@@ -72,8 +72,13 @@ class Weights:
 
     @property
     def held(self) -> torch.dtype:
-        """What a result holds them in."""
+        """What they are rounded to."""
         return self.through or self.dtype
+
+    @property
+    def as_held(self) -> Weights:
+        """The same in the dtype that they are rounded to."""
+        return replace(self, dtype=self.held)
 
     def layer(self, linear: str) -> QuantLayer:
         """The codes of one quantized linear, decoded on `device`. Raises CheckpointError, with its name and the folder."""

@@ -35,7 +35,7 @@ class Outputs:
     slices: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Side:
     """One linear, its columns in the order of H and its rows in that of G.
 
@@ -57,8 +57,8 @@ class Side:
         return cls(wanted, found, (wanted - found) @ outputs.metric.h, lattice.part(order), outputs)
 
     @property
-    def rows(self) -> Tensor:
-        """What it is, with rows as they come."""
+    def result(self) -> Tensor:
+        """What it is by now, with rows as they come."""
         return self.found[:, self.outputs.metric.order.argsort()]
 
     def cost(self, moments: Hessian) -> float:
@@ -104,7 +104,7 @@ class Side:
 
 
 def two_sided(sides: Sequence[Side], moments: Hessian, *, passes: int) -> list[Side]:
-    """What loses least of the predictions, linear by linear; nothing more than it is given.
+    """What loses least of the predictions, linear by linear, and never more than what is given.
 
     sides: of linears that read the same. passes: of coordinate descent, for each slice alone and then with all others.
     """
@@ -113,7 +113,7 @@ def two_sided(sides: Sequence[Side], moments: Hessian, *, passes: int) -> list[S
 
 
 def settled(sides: Sequence[Side], moments: Hessian, *, passes: int) -> list[Side]:
-    """The same, from what they are on, by descent alone."""
+    """The same by descent alone, from what they are."""
     return _best(sides, moments, _again(sides, moments, passes))
 
 

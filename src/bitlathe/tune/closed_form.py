@@ -219,7 +219,7 @@ def _across(tried: list[_Found], hessian: Hessian, outputs: Mapping[str, Hessian
         metric = Outputs(outputs[one.work.name], options.slices)
         sides.append(Side.of(one.wanted.T[order], one.weight.T[order], one.work.lattice().ordered(order), metric))
     sides = two_sided(sides, hessian, passes=options.passes)
-    scheme = works[0].scheme
+    scheme, costs = works[0].scheme, [side.cost(hessian) for side in sides]
     for _ in range(options.refits if _refits(scheme) else 0):
         width = scheme.block[1] or len(order)
         stretched = [
@@ -228,10 +228,10 @@ def _across(tried: list[_Found], hessian: Hessian, outputs: Mapping[str, Hessian
         ]
         moved = [side.moved(work.lattice().ordered(order)) for side, work in zip(sides, stretched, strict=True)]
         for index, side in enumerate(settled(moved, hessian, passes=1)):
-            if side.cost(hessian) < sides[index].cost(hessian):
-                works[index], sides[index] = stretched[index], side
+            if (now := side.cost(hessian)) < costs[index]:
+                works[index], sides[index], costs[index] = stretched[index], side, now
     parts = zip(tried, works, sides, strict=True)
-    return [replace(one, work=work, weight=side.rows[back].T.contiguous()) for one, work, side in parts]
+    return [replace(one, work=work, weight=side.result[back].T.contiguous()) for one, work, side in parts]
 
 
 def _refits(scheme: Scheme) -> bool:
