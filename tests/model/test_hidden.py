@@ -89,6 +89,13 @@ def test_batches_cover_everything_in_order(tmp_path: Path) -> None:
     assert hidden.batches(5) == hidden.batches(100) == [slice(0, 5)]
 
 
+@pytest.mark.parametrize(("tokens", "at_once"), [(128, 8), (512, 2), (700, 1), (2048, 1)])
+def test_a_cpu_is_given_no_more_tokens_than_keep_it_busy(tokens: int, at_once: int) -> None:
+    data = torch.zeros(16, tokens, 1)
+    assert Hidden(data, torch.device("cpu")).batches(8) == [slice(at, at + at_once) for at in range(0, 16, at_once)]
+    assert Hidden(data, torch.device("meta")).batches(8) == [slice(0, 8), slice(8, 16)]
+
+
 def test_the_file_has_no_name(tmp_path: Path) -> None:
     """So nothing is left of it however the process ends; and two streams do not share one."""
     budget = Budget(0, tmp_path / "work")

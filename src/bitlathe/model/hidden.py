@@ -17,6 +17,8 @@ from torch import Tensor
 from bitlathe.errors import OutputError
 from bitlathe.io.sizes import human
 
+_BUSY = 1024  # tokens that a CPU is given at a time
+
 
 class Hidden:
     """Hidden states [sequences, tokens, width] that are read and replaced a batch at a time.
@@ -53,7 +55,12 @@ class Hidden:
         return self._pages is not None
 
     def batches(self, size: int, *, first: int | None = None, start: int = 0) -> list[slice]:
-        """Slices of at most `size` sequences that cover all of them in order, or the `first` ones, or all from `start` on."""
+        """Slices of at most `size` sequences that cover all of them in order, or the `first` ones, or all from `start` on.
+
+        On a CPU they are no longer than keeps it busy: more tokens at a time take their memory, and no time less.
+        """
+        if self._device.type == "cpu":
+            size = min(size, max(1, _BUSY // self._data.shape[1]))
         last = len(self) if first is None else min(first, len(self))
         return [slice(at, min(at + size, last)) for at in range(start, last, size)]
 
