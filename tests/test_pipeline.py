@@ -88,9 +88,11 @@ def test_a_run_in_float32_makes_the_model_that_is_loaded(
 def test_a_run_is_not_continued_in_another_arithmetic(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path / "m")
     asked = merge({"model": str(tmp_path / "m"), "out": tmp_path / "q", "calib": str(text), **SMALL})
-    first = prepare(asked).fingerprint()
-    monkeypatch.setattr("bitlathe.prepare.computed_in", lambda dtype, device: torch.float32)
-    assert {key for key, value in prepare(asked).fingerprint().items() if value != first[key]} == {"arithmetic"}
+    parts = []
+    for computed in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr("bitlathe.prepare.computed_in", lambda dtype, device, computed=computed: computed)
+        parts.append(prepare(asked).fingerprint())
+    assert {key for key, value in parts[0].items() if value != parts[1][key]} == {"arithmetic"}
 
 
 def test_a_fresh_process_gives_the_same_logits_and_generates(tmp_path: Path, text: Path) -> None:
