@@ -120,6 +120,16 @@ def test_every_family_can_be_searched_with_all_it_has(tmp_path: Path, family: st
     assert bitlathe.inspect(tmp_path / "q")["bits_checkpoint"] == pytest.approx(record["bits_checkpoint"], abs=1e-9)
 
 
+def test_what_16_bits_lose_of_a_float32_model_is_told(tmp_path: Path) -> None:
+    """The original that a search measures against is that of the checkpoint, not one that is rounded as the result is."""
+    save_model(tmp_path / "m", dtype=torch.float32)
+    write_text(tmp_path / "text.txt", 900)
+    fields = {"model": tmp_path / "m", "calib": tmp_path / "text.txt", "seqlen": 24, "search": {"tokens": 240, "held_out": 120}}
+    searched = swept(tmp_path / "scores", [16.0], schemes="W8A16G32,keep", **fields)
+    kept = {row["scheme"]: row["kl"] for row in searched.uniform}[KEEP]
+    assert 0 < kept < 1e-5
+
+
 def test_rotated_and_not_are_two_searches_and_what_is_predicted_comes_true(tmp_path: Path) -> None:
     fields = {"schemes": "INT4,INT8", "seqlen": 128, "search": {"tokens": 4096, "held_out": 4096}}
     plain = swept(tmp_path / "scores", [5.5], **fields)
