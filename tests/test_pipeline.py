@@ -74,8 +74,8 @@ def test_a_run_in_float32_makes_the_model_that_is_loaded(
     save_model(tmp_path / "m", family)
     monkeypatch.setattr("bitlathe.prepare.computed_in", lambda dtype, device: torch.float32)
     frozen = Frozen(monkeypatch)
-    asked = {key: value for key, value in (SMALL | asked).items() if value is not None}
-    notes = listen_to(merge({"model": str(tmp_path / "m"), "out": tmp_path / "q", "calib": str(text), **asked}), Note)
+    recipe = merge({"model": str(tmp_path / "m"), "out": tmp_path / "q", "calib": str(text), **SMALL, **asked})
+    notes = listen_to(recipe, Note)
     assert (frozen.weights.dtype, frozen.weights.held) == (torch.float32, torch.bfloat16)
     if asked.get("effort") != "best":  # which writes the blocks anew
         with torch.no_grad():

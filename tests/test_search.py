@@ -94,8 +94,10 @@ def test_overrides_hold_whatever_is_chosen(scores: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_can_be_searched_with_all_it_has(tmp_path: Path, family: str) -> None:
-    """The head too where it has a weight of its own; what was kept joins only if it is asked for."""
+def test_every_family_can_be_searched_with_all_it_has(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head too where it has a weight of its own; what was kept joins only if it is asked for. In 16 bits on every CPU: how
+    much of the budget is taken hangs on scores that are near to each other."""
+    monkeypatch.setattr("bitlathe.prepare.computed_in", lambda dtype, device: dtype)
     model = save_model(tmp_path / "m", family)
     write_text(tmp_path / "text.txt", 900)
     tied = model.config.tie_word_embeddings
@@ -103,7 +105,7 @@ def test_every_family_can_be_searched_with_all_it_has(tmp_path: Path, family: st
     fields |= {"schemes": "W3A16G32,W8A16G32,keep", **({} if tied else {"include": "lm_head"})}
     searched = swept(tmp_path / "scores", [6.0], **fields)
     (record,), (plan,) = searched.records, searched.plans
-    assert 4.5 < record["bits"] <= 6.0
+    assert 5.0 < record["bits"] <= 6.0
     assert ("lm_head" in record["linears"]) == (not tied)
     experts: dict[str, set[str]] = {}
     for name, scheme in record["linears"].items():
