@@ -47,7 +47,7 @@ def test_rows_make_up_for_each_other(scheme: str) -> None:
     moments, outputs = solvable(COLUMNS, 0), solvable(48, 1)
     aim, found, lattice, w = one_sided(48, scheme, 2, moments)
     g = outputs.h[outputs.order.argsort()][:, outputs.order.argsort()]
-    (side,) = two_sided([Side.of(aim, found, lattice, Outputs(outputs, 8))], moments, passes=2)
+    ((_, side),) = two_sided([Side.of(aim, found, lattice, Outputs(outputs, 8))], moments, passes=2)
     better = side.result
     assert lost(aim - better, moments, g) < 0.85 * lost(aim - found, moments, g)
     # What comes out are numbers that codes stand for.
@@ -60,13 +60,13 @@ def test_scales_are_refitted_to_what_other_rows_lack() -> None:
     """The same codes lose less on the scales that it gives, and what is moved on them after that less again."""
     moments, outputs = solvable(COLUMNS, 0), solvable(48, 1)
     aim, near, lattice, _ = one_sided(48, "W2A16G32", 2, moments)
-    (found,) = two_sided([Side.of(aim, near, lattice, Outputs(outputs, 8))], moments, passes=2)
+    ((_, found),) = two_sided([Side.of(aim, near, lattice, Outputs(outputs, 8))], moments, passes=2)
     multiples = refitted(found, moments, width=32, ridge=0.01)
     assert multiples.shape == (COLUMNS // 32, 48)
     scale = lattice.scale * multiples.repeat_interleave(32, 0)[moments.order]
     stretched = found.moved(Lattice(lattice.grid, lattice.unsigned, scale, None))
     torch.testing.assert_close(stretched.result, found.result * multiples.repeat_interleave(32, 0)[moments.order])
-    (moved,) = settled([stretched], moments, passes=1)
+    ((_, moved),) = settled([stretched], moments, passes=1)
     costs = [side.cost(moments) for side in (found, stretched, moved)]
     assert costs[1] < 0.99 * costs[0] and costs[2] < costs[1]
     g = outputs.h[outputs.order.argsort()][:, outputs.order.argsort()]
@@ -79,7 +79,7 @@ def test_never_worse_than_what_it_is_given() -> None:
     moments, outputs = solvable(COLUMNS, 0), prepared(torch.eye(40), 0.0)
     assert outputs is not None
     aim, found, lattice, _ = one_sided(40, "W4A16G32", 3, moments)
-    (same,) = two_sided([Side.of(aim, found, lattice, Outputs(outputs, 8))], moments, passes=0)
+    ((_, same),) = two_sided([Side.of(aim, found, lattice, Outputs(outputs, 8))], moments, passes=0)
     g = torch.eye(40)
     assert lost(aim - same.result, moments, g) <= lost(aim - found, moments, g)
 
@@ -92,8 +92,8 @@ def test_linears_side_by_side_are_those_alone(rows: tuple[int, ...]) -> None:
     cases = [one_sided(count, "W3A16G32", 20 + index, moments) for index, count in enumerate(rows)]
     sides = [Side.of(*case[:3], Outputs(own, 8)) for case, own in zip(cases, outputs, strict=True)]
     together = two_sided(sides, moments, passes=1)
-    for index, both in enumerate(together):
-        (alone,) = two_sided([sides[index]], moments, passes=1)
+    for index, (_, both) in enumerate(together):
+        ((_, alone),) = two_sided([sides[index]], moments, passes=1)
         g = outputs[index].h[outputs[index].order.argsort()][:, outputs[index].order.argsort()]
         # Sums of other lengths may round otherwise, and a tie fall the other way.
         aim = cases[index][0]

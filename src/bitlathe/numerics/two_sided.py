@@ -103,8 +103,8 @@ class Side:
         return self.wanted[:, rows] + torch.linalg.solve(own, pull, left=False)
 
 
-def two_sided(sides: Sequence[Side], moments: Hessian, *, passes: int) -> list[Side]:
-    """What loses least of the predictions, linear by linear, and never more than what is given.
+def two_sided(sides: Sequence[Side], moments: Hessian, *, passes: int) -> list[tuple[float, Side]]:
+    """What loses least of the predictions, linear by linear, and never more than what is given; each with its cost.
 
     sides: of linears that read the same. passes: of coordinate descent, for each slice alone and then with all others.
     """
@@ -112,7 +112,7 @@ def two_sided(sides: Sequence[Side], moments: Hessian, *, passes: int) -> list[S
     return _best(sides, moments, chain([fed], _again(fed, moments, passes)))
 
 
-def settled(sides: Sequence[Side], moments: Hessian, *, passes: int) -> list[Side]:
+def settled(sides: Sequence[Side], moments: Hessian, *, passes: int) -> list[tuple[float, Side]]:
     """The same by descent alone, from what they are."""
     return _best(sides, moments, _again(sides, moments, passes))
 
@@ -129,13 +129,13 @@ def refitted(side: Side, moments: Hessian, *, width: int, ridge: float) -> Tenso
     return torch.cat(multiples, dim=1)[:, side.outputs.metric.order.argsort()]
 
 
-def _best(sides: Sequence[Side], moments: Hessian, rounds: Iterable[list[Side]]) -> list[Side]:
-    """Of what they are after each round and before the first, what loses least, linear by linear."""
+def _best(sides: Sequence[Side], moments: Hessian, rounds: Iterable[list[Side]]) -> list[tuple[float, Side]]:
+    """Of what they are after each round and before the first, what loses least, linear by linear, and its cost."""
     best = [(side.cost(moments), side) for side in sides]
     for found in rounds:
         now = [(side.cost(moments), side) for side in found]
         best = [min(pair, key=lambda one: one[0]) for pair in zip(best, now, strict=True)]
-    return [side for _, side in best]
+    return best
 
 
 def _fed(sides: Sequence[Side], moments: Hessian, passes: int) -> list[Side]:

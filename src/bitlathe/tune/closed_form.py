@@ -218,20 +218,19 @@ def _across(tried: list[_Found], hessian: Hessian, outputs: Mapping[str, Hessian
     for one in tried:
         metric = Outputs(outputs[one.work.name], options.slices)
         sides.append(Side.of(one.wanted.T[order], one.weight.T[order], one.work.lattice().ordered(order), metric))
-    sides = two_sided(sides, hessian, passes=options.passes)
-    scheme, costs = works[0].scheme, [side.cost(hessian) for side in sides]
+    best, scheme = two_sided(sides, hessian, passes=options.passes), works[0].scheme
     for _ in range(options.refits if _refits(scheme) else 0):
         width = scheme.block[1] or len(order)
         stretched = [
             work.stretched(refitted(side, hessian, width=width, ridge=_REFIT_RIDGE))
-            for work, side in zip(works, sides, strict=True)
+            for work, (_, side) in zip(works, best, strict=True)
         ]
-        moved = [side.moved(work.lattice().ordered(order)) for side, work in zip(sides, stretched, strict=True)]
-        for index, side in enumerate(settled(moved, hessian, passes=1)):
-            if (now := side.cost(hessian)) < costs[index]:
-                works[index], sides[index], costs[index] = stretched[index], side, now
-    parts = zip(tried, works, sides, strict=True)
-    return [replace(one, work=work, weight=side.result[back].T.contiguous()) for one, work, side in parts]
+        moved = [side.moved(work.lattice().ordered(order)) for (_, side), work in zip(best, stretched, strict=True)]
+        for index, now in enumerate(settled(moved, hessian, passes=1)):
+            if now[0] < best[index][0]:
+                works[index], best[index] = stretched[index], now
+    parts = zip(tried, works, best, strict=True)
+    return [replace(one, work=work, weight=side.result[back].T.contiguous()) for one, work, (_, side) in parts]
 
 
 def _refits(scheme: Scheme) -> bool:
